@@ -1,0 +1,42 @@
+"""Teach one language model to augment both queries and documents (arXiv 2506.18670), as a TRL trainer."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+
+__version__ = "0.1.0"
+
+# Public names and where they live. Loaded on first use, so that `import coaug_trl` does not import torch.
+_PUBLIC = {
+    "Augmenter": "augment",
+    "BM25Retriever": "retrieval",
+    "CoAugConfig": "config",
+    "CoAugTrainer": "trainer",
+    "Collection": "data",
+    "Document": "data",
+    "InputError": "errors",
+    "PromptSet": "prompts",
+    "exact_ndcg_rewards": "rewards",
+    "sampled_ndcg_rewards": "rewards",
+}
+__all__ = sorted(_PUBLIC)
+
+if TYPE_CHECKING:
+    from .augment import Augmenter
+    from .config import CoAugConfig
+    from .data import Collection, Document
+    from .errors import InputError
+    from .prompts import PromptSet
+    from .retrieval import BM25Retriever
+    from .rewards import exact_ndcg_rewards, sampled_ndcg_rewards
+    from .trainer import CoAugTrainer
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+
+
+def __dir__():
+    return __all__

@@ -1,0 +1,288 @@
+"""Configuration of [`~coaug_trl.CoAugTrainer`]: `GRPOConfig` and the fields of co-augmentation."""
+
+import os
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+
+@dataclass
+class CoAugConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`CoAugTrainer`].
+
+    This class includes only the parameters that are specific to co-augmentation, and the defaults of [`trl.GRPOConfig`]
+    that differ. The defaults are those of arXiv 2506.18670, appendix B.1, but for `candidate_pool`,
+    `reward_estimator` and `relevant_weight`.
+
+    Batch arithmetic: a generation batch has `groups_per_batch` groups of `group_size` texts (fewer with
+    `augment="query"` or `"document"`), `num_generations` rollouts each, and is trained on in `updates_per_batch`
+    optimizer steps. `generation_batch_size`, `steps_per_generation` and `gradient_accumulation_steps` follow from
+    these, `per_device_train_batch_size` and the number of processes; giving them too is an error.
+
+    Parameters:
+        queries_per_group (`int`, *optional*, defaults to `1`):
+            Queries in a composite group.
+        group_size (`int`, *optional*, defaults to `16`):
+            Texts in a composite group, queries and documents together.
+        num_relevant (`int`, *optional*, defaults to `5`):
+            At most so many relevant documents per query in a group; the rest of the group is irrelevant documents.
+        groups_per_batch (`int`, *optional*, defaults to `32`):
+            Composite groups in a generation batch, over all processes.
+        updates_per_batch (`int`, *optional*, defaults to `4`):
+            Optimizer steps on a generation batch.
+        augment (`str`, *optional*, defaults to `"both"`):
+            Which side is augmented and trained: `"both"`, `"query"` or `"document"`. The other side's texts stay as
+            they are.
+        candidate_pool (`str`, *optional*, defaults to `"batch"`):
+            What a query is ranked against for its reward: `"group"`, its own group's documents (the paper's text), or
+            `"batch"`, every document of the generation batch (the published code).
+        reward_estimator (`str`, *optional*, defaults to `"exact"`):
+            `"exact"` for the expected NDCG over all draws of document rollouts, or `"sampled"` for the paper's average
+            over `num_reward_samples` draws.
+        num_reward_samples (`int`, *optional*, defaults to `512`):
+            Draws of the sampled estimator.
+        relevant_weight (`float`, *optional*, defaults to `10.0`):
+            A query weighs `1 + relevant_weight * relevance` in the reward of a document.
+        ndcg_k (`int`, *optional*, defaults to `10`):
+            Cut-off of the NDCG that is the reward, and of the one logged in evaluation.
+        advantage_normalization (`str`, *optional*, defaults to `"center"`):
+            `"center"` subtracts the mean of a text's own rollouts (the paper). For ablation `"group"` also divides by
+            their standard deviation (GRPO), and `"batch"` standardizes over the generation batch (REINFORCE++).
+        text_type_scales (`list[float]`, *optional*, defaults to `[1.0, 0.2, 0.1]`):
+            Factors of the advantages of queries, relevant documents and irrelevant documents, applied last.
+        refresh_statistics (`bool`, *optional*, defaults to `True`):
+            Whether each dev evaluation replaces the retriever's statistics used in the reward by those of the corpus
+            as augmented then. `False` keeps those of the original corpus (the published code).
+        eval_corpus_size (`int`, *optional*):
+            Dev evaluation ranks so many documents, those judged for a dev query and a seeded draw of others, instead
+            of the full corpus.
+
+    > Defaults of GRPOConfig that differ: `num_generations=5`, `temperature=1.2`, `repetition_penalty=1.2`,
+    > `scale_rewards="none"` (advantages are normalised here), `vllm_importance_sampling_correction=False`,
+    > `num_generations_eval=1` (dev evaluation is greedy).
+
+    Raises:
+        `ValueError`: A field has a value that cannot work, or that would train on nothing. The message names the
+        field, the value and a legal one.
+    """
+
+    num_generations: int | None = field(
+        default=5, metadata={"help": "Rollouts of each text. Their mean reward is the baseline of each."}
+    )
+    num_generations_eval: int | None = field(
+        default=1, metadata={"help": "Dev evaluation is greedy, with one augmentation a text; leave it at 1."}
+    )
+    temperature: float = field(default=1.2, metadata={"help": "Sampling temperature of the rollouts."})
+    repetition_penalty: float = field(
+        default=1.2,
+        metadata={"help": "Penalty on tokens that stand in the prompt or the completion; 1.0 is none. Kept in use."},
+    )
+    scale_rewards: str = field(
+        default="none", metadata={"help": "Leave it at 'none'; use advantage_normalization and text_type_scales."}
+    )
+    vllm_importance_sampling_correction: bool = field(
+        default=False,
+        metadata={
+            "help": "TRL's correction for the difference between vLLM's and the trainer's log-probabilities. Off, "
+            "because with a repetition penalty it takes the penalty for such a difference and trains on nothing."
+        },
+    )
+    queries_per_group: int = field(default=1, metadata={"help": "Queries in a composite group."})
+    group_size: int = field(default=16, metadata={"help": "Texts in a composite group, queries and documents."})
+    num_relevant: int = field(default=5, metadata={"help": "At most so many relevant documents per query in a group."})
+    groups_per_batch: int = field(default=32, metadata={"help": "Groups in a generation batch, over all processes."})
+    updates_per_batch: int = field(default=4, metadata={"help": "Optimizer steps on a generation batch."})
+    augment: str = field(
+        default="both",
+        metadata={"help": "Side that is augmented and trained.", "choices": ["both", "query", "document"]},
+    )
+    candidate_pool: str = field(
+        default="batch",
+        metadata={
+            "help": "Documents a query is ranked against: its own group's, or the whole generation batch's.",
+            "choices": ["group", "batch"],
+        },
+    )
+    reward_estimator: str = field(
+        default="exact",
+        metadata={"help": "Expected NDCG over all draws, or over a sample.", "choices": ["exact", "sampled"]},
+    )
+    num_reward_samples: int = field(default=512, metadata={"help": "Draws of the sampled estimator."})
+    relevant_weight: float = field(
+        default=10.0, metadata={"help": "A query weighs 1 + relevant_weight * relevance in a document's reward."}
+    )
+    ndcg_k: int = field(default=10, metadata={"help": "Cut-off of the NDCG that is the reward."})
+    advantage_normalization: str = field(
+        default="center",
+        metadata={
+            "help": "Advantages: centred per text, or standardized per text or over the batch, for ablation.",
+            "choices": ["center", "group", "batch"],
+        },
+    )
+    text_type_scales: list[float] = field(
+        default_factory=lambda: [1.0, 0.2, 0.1],
+        metadata={"help": "Factors of the advantages of queries, relevant documents and irrelevant documents."},
+    )
+    refresh_statistics: bool = field(
+        default=True,
+        metadata={"help": "Whether dev evaluations refresh the retriever statistics that the reward uses."},
+    )
+    eval_corpus_size: int | None = field(
+        default=None, metadata={"help": "Documents ranked in dev evaluation, judged ones always kept; default: all."}
+    )
+
+    def __post_init__(self):
+        self._validate()
+        self._derive_batches(num_processes=int(os.environ.get("WORLD_SIZE", 1)))
+        super().__post_init__()
+
+    @property
+    def rows_per_group(self) -> int:
+        """Texts of a group that are generated for."""
+        return {
+            "both": self.group_size,
+            "query": self.queries_per_group,
+            "document": self.group_size - self.queries_per_group,
+        }[self.augment]
+
+    @property
+    def batch_summary(self) -> str:
+        """The batch arithmetic in one line."""
+        return (
+            f"1 generation batch = {self.groups_per_batch} groups × {self.rows_per_group} texts × "
+            f"{self.num_generations} rollouts = {self.generation_batch_size:,} completions, "
+            f"{self.updates_per_batch} optimizer steps"
+        )
+
+    def _validate(self):
+        for name in ("queries_per_group", "num_relevant", "groups_per_batch", "updates_per_batch", "ndcg_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; use at least 1.")
+        for name, choices in (
+            ("augment", ("both", "query", "document")),
+            ("candidate_pool", ("group", "batch")),
+            ("reward_estimator", ("exact", "sampled")),
+            ("advantage_normalization", ("center", "group", "batch")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(choices)}.")
+        least_group = self.queries_per_group * (1 + self.num_relevant)
+        if self.group_size < least_group:
+            raise ValueError(
+                f"group_size is {self.group_size}, too small for queries_per_group={self.queries_per_group} with "
+                f"num_relevant={self.num_relevant}; use at least {least_group}."
+            )
+        if self.reward_estimator == "sampled" and self.num_reward_samples < 1:
+            raise ValueError(f"num_reward_samples is {self.num_reward_samples}; use at least 1, such as 512.")
+        if self.relevant_weight < 0:
+            raise ValueError(f"relevant_weight is {self.relevant_weight}; use 0 or more, such as 10.")
+        if self.eval_corpus_size is not None and self.eval_corpus_size < 1:
+            raise ValueError(f"eval_corpus_size is {self.eval_corpus_size}; use at least 1, or leave it out for all.")
+        if len(self.text_type_scales) != 3 or min(self.text_type_scales) < 0:
+            raise ValueError(
+                f"text_type_scales is {self.text_type_scales}; use three factors of 0 or more, for queries, relevant "
+                "and irrelevant documents, such as 1.0 0.2 0.1."
+            )
+        if self.num_generations is None or self.num_generations < 2:
+            raise ValueError(
+                f"num_generations is {self.num_generations}: a single rollout is its own baseline, so every advantage "
+                "is 0; use at least 2, such as 5."
+            )
+        if self.num_generations_eval != 1:
+            raise ValueError(f"num_generations_eval is {self.num_generations_eval}; dev evaluation is greedy, use 1.")
+        self._refuse_training_on_nothing()
+
+    def _refuse_training_on_nothing(self):
+        trained_scales = {
+            "both": self.text_type_scales,
+            "query": self.text_type_scales[:1],
+            "document": self.text_type_scales[1:],
+        }[self.augment]
+        if max(trained_scales) == 0:
+            raise ValueError(
+                f"text_type_scales is {self.text_type_scales} with augment={self.augment!r}: every advantage would be "
+                "0; use a positive factor for a side that is trained, such as 1.0 0.2 0.1."
+            )
+        if self.scale_rewards not in ("none", False) or self.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                f"scale_rewards is {self.scale_rewards!r} and multi_objective_aggregation is "
+                f"{self.multi_objective_aggregation!r}, but CoAugTrainer normalises advantages itself. Leave both out "
+                "and set advantage_normalization to 'center', 'group' or 'batch'."
+            )
+        processors = {
+            "repetition_penalty": self.repetition_penalty != 1.0,
+            "top_p": self.top_p < 1.0,
+            "top_k": self.top_k > 0,
+            "min_p": bool(self.min_p),
+        }
+        if self.use_vllm and self.vllm_importance_sampling_correction and any(processors.values()):
+            active = ", ".join(f"{name}={getattr(self, name)}" for name, on in processors.items() if on)
+            raise ValueError(
+                f"vllm_importance_sampling_correction is True with {active}: vLLM's log-probabilities include it, the "
+                "trainer's do not, and the correction would scale almost every sequence's loss to 0. Set "
+                "vllm_importance_sampling_correction to False."
+            )
+        if self.use_transformers_continuous_batching and self.repetition_penalty != 1.0:
+            raise ValueError(
+                f"repetition_penalty is {self.repetition_penalty} with use_transformers_continuous_batching, which "
+                "silently drops it. Set repetition_penalty to 1.0, or use vLLM or plain generation."
+            )
+        if self.learning_rate == 0:
+            raise ValueError("learning_rate is 0: no weight would change; use a positive one, such as 1e-6.")
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature is {self.temperature}: all rollouts of a text would be the same and every advantage 0; "
+                "use a positive one, such as 1.2."
+            )
+
+    def _derive_batches(self, num_processes: int):
+        if self.groups_per_batch % num_processes:
+            raise ValueError(
+                f"groups_per_batch is {self.groups_per_batch}, which {num_processes} processes cannot share evenly; "
+                f"use {_nearest_multiple(self.groups_per_batch, num_processes)}."
+            )
+        completions = self.groups_per_batch * self.rows_per_group * self.num_generations
+        per_process = completions // num_processes
+        if per_process % self.updates_per_batch:
+            legal = _nearest_divisors(per_process, self.updates_per_batch)
+            raise ValueError(
+                f"updates_per_batch is {self.updates_per_batch}, which does not divide the {per_process:,} completions "
+                f"that each process has of a generation batch; use {legal}."
+            )
+        per_update = per_process // self.updates_per_batch
+        if per_update % self.per_device_train_batch_size:
+            legal = _nearest_divisors(per_update, self.per_device_train_batch_size)
+            raise ValueError(
+                f"per_device_train_batch_size is {self.per_device_train_batch_size}, which does not divide the "
+                f"{per_update:,} completions that each process has in an optimizer step ({self.groups_per_batch} "
+                f"groups × {self.rows_per_group} texts × {self.num_generations} rollouts / {self.updates_per_batch} "
+                f"updates / {num_processes} processes); use {legal}."
+            )
+        accumulation = per_update // self.per_device_train_batch_size
+        # A value equal to the derived one is let through: it comes back when a saved configuration is read again.
+        for name, derived, unset in (
+            ("generation_batch_size", completions, None),
+            ("steps_per_generation", self.updates_per_batch * accumulation, None),
+            ("gradient_accumulation_steps", accumulation, 1),
+        ):
+            if getattr(self, name) not in (derived, unset):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but it follows from groups_per_batch, updates_per_batch, "
+                    f"per_device_train_batch_size and {num_processes} processes, which give {derived}; leave it out."
+                )
+        self.generation_batch_size = completions
+        self.steps_per_generation = None  # GRPOConfig takes one of the two and derives the other
+        self.gradient_accumulation_steps = accumulation
+
+
+def _nearest_divisors(number: int, wanted: int) -> str:
+    divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    below = [divisor for divisor in divisors if divisor < wanted]
+    above = [divisor for divisor in divisors if divisor > wanted]
+    return " or ".join(str(divisor) for divisor in below[-1:] + above[:1])
+
+
+def _nearest_multiple(number: int, factor: int) -> str:
+    below = number // factor * factor
+    return " or ".join(str(multiple) for multiple in (below, below + factor) if multiple)

@@ -1,0 +1,4 @@
+from .collection import Collection, Document
+
+
+__all__ = ["Collection", "Document"]

@@ -1,0 +1,92 @@
+"""What must be the same in training, augmentation, evaluation and search, saved beside the model's weights."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+from .files import write_json
+from .prompts import PROMPT_SET_FILE, PromptSet
+
+
+POLICY_FILE = "coaug.json"
+_PACKAGES = ("coaug-trl", "trl", "transformers", "torch", "bm25s", "ir-measures")
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """
+    How a policy generates when it is used rather than trained: greedily.
+
+    Args:
+        max_new_tokens (`int`, *optional*, defaults to `512`):
+            Longest completion, in tokens.
+        repetition_penalty (`float`, *optional*, defaults to `1.2`):
+            As in training; 1.0 is none.
+    """
+
+    max_new_tokens: int = 512
+    repetition_penalty: float = 1.2
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """
+    The settings a trained policy is used with.
+
+    Args:
+        prompt_set ([`~coaug_trl.PromptSet`]):
+            Prompts and composition.
+        generation ([`GenerationSettings`], *optional*):
+            Settings of generation.
+        retriever (`dict`, *optional*):
+            Configuration of the retriever it was trained for; empty for an untrained model.
+    """
+
+    prompt_set: PromptSet
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    retriever: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `coaug.json` and `prompt_set.yaml` into a model folder."""
+        self.prompt_set.save(folder)
+        content = {
+            "prompt_hash": self.prompt_set.hash,
+            "generation": asdict(self.generation),
+            "retriever": self.retriever,
+            "versions": package_versions(),
+        }
+        write_json(Path(folder) / POLICY_FILE, content)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "PolicySettings | None":
+        """
+        Reads the settings of a model folder; `None` if there are none, as for a model that was not trained here.
+
+        Raises:
+            `InputError`: The files of the folder do not belong together.
+        """
+        path = Path(folder) / POLICY_FILE
+        if not path.is_file():
+            return None
+        content = json.loads(path.read_text(encoding="utf-8"))
+        prompt_set = PromptSet.load(Path(folder))
+        if prompt_set.hash != content["prompt_hash"]:
+            raise InputError(
+                f"{folder}: {PROMPT_SET_FILE} has the hash {prompt_set.hash}, but the policy was trained with "
+                f"{content['prompt_hash']}. Restore the file, or train with the new prompt set."
+            )
+        return cls(prompt_set, GenerationSettings(**content["generation"]), content["retriever"])
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide a result."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # a source tree that is not installed
+            versions[package] = "not installed"
+    return versions

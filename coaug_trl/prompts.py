@@ -1,0 +1,174 @@
+"""What the model is asked, what is taken from its answer, and how text and answer become one."""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from .errors import InputError
+from .files import atomic_open
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .data import Document
+
+PROMPT_SET_FILE = "prompt_set.yaml"
+_ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+
+
+def extract_answer(completion: str) -> str:
+    """
+    The text of the last complete `<answer>…</answer>` of a completion, stripped; empty if there is none.
+
+    An answer that is opened again before it is closed counts from the last opening. There is no reward for the format
+    (arXiv 2506.18670, appendix B.1): a completion without an answer leaves the text as it was.
+    """
+    answers = _ANSWER.findall(completion)
+    return answers[-1].strip() if answers else ""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """
+    The instructions for both text types and one kind of retriever, and how an answer joins its text.
+
+    Training, augmentation, evaluation and search use the same prompt set; it is saved with every checkpoint and its
+    hash stands in every manifest.
+
+    Args:
+        kind (`str`):
+            `"sparse"` (the answer is a list of keywords, appended) or `"dense"` (the answer is prose, put before a
+            document).
+        query (`str`):
+            System prompt for queries.
+        document (`str`):
+            System prompt for documents.
+        query_repeats (`int`, *optional*, defaults to `1`):
+            How often the original query stands before its augmentation, to weigh it as Query2doc and MuGI do.
+        max_document_tokens (`int`, *optional*, defaults to `1024`):
+            Documents longer than this are cut before the model reads them. The retriever indexes them whole.
+
+    Raises:
+        `InputError`: A field has a value that cannot work.
+    """
+
+    kind: str
+    query: str
+    document: str
+    query_repeats: int = 1
+    max_document_tokens: int = 1024
+
+    def __post_init__(self):
+        if self.kind not in ("sparse", "dense"):
+            raise InputError(f"Prompt set: kind is {self.kind!r}; use 'sparse' or 'dense'.")
+        for name in ("query", "document"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise InputError(f"Prompt set: {name} is {value!r}; write a system prompt for {name} texts.")
+        for name in ("query_repeats", "max_document_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"Prompt set: {name} is {value!r}; use a positive whole number, such as 1.")
+
+    @classmethod
+    def default(cls, kind: str = "sparse") -> "PromptSet":
+        """The prompt set of this package for a kind of retriever, `"sparse"` or `"dense"`."""
+        if kind not in ("sparse", "dense"):
+            raise InputError(f"There is no prompt set for {kind!r} retrievers; use 'sparse' or 'dense'.")
+        return cls.load(resources.files(__package__) / "prompt_sets" / f"{kind}.yaml")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "PromptSet":
+        """
+        Reads a prompt set from a YAML file, or from a checkpoint folder that holds one.
+
+        Raises:
+            `InputError`: The file is missing, is not a YAML mapping, or has unknown or missing fields.
+        """
+        if isinstance(path, str):
+            path = Path(path)
+        if path.is_dir():
+            path = path / PROMPT_SET_FILE
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{path}: there is no such prompt set.") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not a YAML file: {error}") from None
+        names = [field.name for field in fields(cls)]
+        if not isinstance(content, dict) or not set(content) <= set(names):
+            unknown = sorted(set(content) - set(names)) if isinstance(content, dict) else content
+            raise InputError(f"{path}: unknown content {unknown!r}; a prompt set has the fields {', '.join(names)}.")
+        missing = {"kind", "query", "document"} - set(content)
+        if missing:
+            raise InputError(f"{path}: {', '.join(sorted(missing))} is missing.")
+        return cls(**content)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the prompt set into a folder, as `prompt_set.yaml`."""
+        with atomic_open(Path(folder) / PROMPT_SET_FILE) as file:
+            yaml.safe_dump(asdict(self), file, sort_keys=False, allow_unicode=True)
+
+    @property
+    def hash(self) -> str:
+        """First 16 hexadecimal digits of the SHA-256 of the content."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    def prompt(self, side: str, text: str, tokenizer: "PreTrainedTokenizerBase") -> list[dict[str, str]] | str:
+        """
+        The prompt for one text, in a form TRL takes.
+
+        Args:
+            side (`str`):
+                `"query"` or `"document"`.
+            text (`str`):
+                The text to augment.
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+                Decides the form.
+
+        Returns:
+            `list[dict[str, str]]` or `str`: messages for a tokenizer with a chat template, else plain text.
+        """
+        system = self.query if side == "query" else self.document
+        if tokenizer.chat_template:
+            return [{"role": "system", "content": system}, {"role": "user", "content": text}]
+        return f"{system}\n\n{text}\n\n"
+
+    def truncate(self, texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> tuple[list[str], int]:
+        """
+        Cuts documents to `max_document_tokens`, at a token's end.
+
+        Returns:
+            `tuple[list[str], int]`: the texts, and how many of them were cut.
+        """
+        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        cut = [
+            text if len(offsets) <= self.max_document_tokens else text[: offsets[self.max_document_tokens - 1][1]]
+            for text, offsets in zip(texts, encoded["offset_mapping"], strict=True)
+        ]
+        return cut, sum(len(offsets) > self.max_document_tokens for offsets in encoded["offset_mapping"])
+
+    def compose_query(self, query: str, answer: str) -> str:
+        """The text that is searched: the query, `query_repeats` times, and the answer on a new line."""
+        if not answer:
+            return query
+        return "\n".join([query] * self.query_repeats + [answer])
+
+    def compose_document(self, document: "Document", answer: str) -> "Document":
+        """The document that is indexed: sparse: text, newline, answer; dense: answer, newline, text."""
+        if not answer:
+            return document
+        parts = (document.text, answer) if self.kind == "sparse" else (answer, document.text)
+        return type(document)(document.id, document.title, "\n".join(part for part in parts if part))
+
+
+def document_text(document: "Document") -> str:
+    """What the model reads of a document: title and text, a line each."""
+    return "\n".join(part for part in (document.title, document.text) if part)

@@ -1,0 +1,91 @@
+"""The interface that training, augmentation, evaluation and serving share."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from ..data import Document
+
+
+RANK_CHUNK = 10_000
+
+
+class Retriever(ABC):
+    """
+    Scores queries against documents, in a training step ([`score`]) and from an index ([`search`]).
+
+    One retriever with one `config` serves training, evaluation and deployment. What it learns from a corpus (BM25:
+    document frequencies and the average length) is separate from what it scores: [`fit`] sets it, [`score`] uses it
+    whatever documents it is given.
+    """
+
+    kind: ClassVar[str]
+    """`"sparse"` or `"dense"`: prompts are chosen by it."""
+
+    @property
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """The settings that change scores, JSON-able; `"retriever"` names the class of retriever."""
+
+    @abstractmethod
+    def fit(self, documents: list[Document]) -> None:
+        """Sets the corpus statistics [`score`] uses; a retriever without any does nothing."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """The settings and the corpus statistics, JSON-able, for a training checkpoint."""
+
+    @abstractmethod
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes the statistics of [`state`]; refuses those of other settings with an `InputError`."""
+
+    @abstractmethod
+    def score(self, queries: list[str], documents: list[Document]) -> np.ndarray:
+        """
+        Scores every query against every document.
+
+        Returns:
+            `np.ndarray`: shape (queries, documents), floating point; higher is better, −inf is "not retrieved".
+        """
+
+    def rank(self, queries: list[str], documents: list[Document], k: int) -> list[list[tuple[str, float]]]:
+        """
+        Ranks documents by [`score`], without an index; memory grows with `RANK_CHUNK`, not with the documents.
+
+        Returns:
+            `list`: as [`search`].
+        """
+        hits = [[] for _ in queries]
+        for first in range(0, len(documents), RANK_CHUNK):
+            chunk = documents[first : first + RANK_CHUNK]
+            for found, scores in zip(hits, self.score(queries, chunk), strict=True):
+                best = np.argsort(-scores, kind="stable")[:k]
+                found += [(chunk[place].id, float(scores[place])) for place in best if scores[place] > -np.inf]
+                found.sort(key=lambda hit: -hit[1])
+                del found[k:]
+        return hits
+
+    @abstractmethod
+    def index(self, documents: list[Document]) -> None:
+        """Builds the search index of `documents`, and fits the statistics on them."""
+
+    @abstractmethod
+    def search(self, queries: list[str], k: int = 10) -> list[list[tuple[str, float]]]:
+        """
+        Searches the index.
+
+        Returns:
+            `list`: for each query up to `k` pairs of document id and score, best first; equal scores in the order of
+            indexing. A query that finds nothing has an empty list.
+        """
+
+    @abstractmethod
+    def save(self, folder: str | Path) -> None:
+        """Writes the index and the settings to `folder`."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Reads a retriever that [`save`] wrote, with the settings it was saved with (see [`config`])."""

@@ -1,0 +1,352 @@
+"""BM25, by bm25s for the index and by one sparse product for the scores of a training step."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import bm25s
+import numpy as np
+import Stemmer
+from bm25s import stopwords
+from bm25s.tokenization import Tokenized
+from scipy import sparse
+
+from ..data import Document
+from ..errors import InputError
+from ..files import write_json
+from .base import Retriever
+
+
+# bm25s sets its own logger to DEBUG, and any application with a root handler would print all it says.
+logging.getLogger("bm25s").setLevel(logging.WARNING)
+
+# Words, one-letter words too. English keeps inner apostrophes and leaves the possessive 's out of the group, so that
+# it is cut off before stop words and stemming, as in Lucene's English analyzer. No word spans a line break.
+WORD = r"\w+"
+ENGLISH_WORD = r"(\w+(?:['’](?!s\b)\w+)*)(?:['’]s\b)?"
+
+FIELDS = {
+    "flat": [lambda document: f"{document.title} {document.text}"],
+    "best": [lambda document: document.title, lambda document: document.text],
+}
+TIE_BREAKER = 0.5
+
+
+@dataclass(frozen=True)
+class FieldStatistics:
+    """What BM25 knows of a corpus, for one field."""
+
+    num_documents: int
+    average_length: float
+    document_frequencies: dict[str, int]
+
+    @classmethod
+    def count(cls, tokens: Tokenized) -> Self:
+        frequencies = Counter(chain.from_iterable(map(set, tokens.ids)))
+        return cls(
+            num_documents=len(tokens.ids),
+            average_length=sum(map(len, tokens.ids)) / len(tokens.ids),
+            document_frequencies={term: frequencies[i] for term, i in tokens.vocab.items()},
+        )
+
+    def idf(self, terms: list[str]) -> np.ndarray:
+        """Lucene's IDF; a term no document has is worth as much as one that a single document has."""
+        frequencies = np.array([self.document_frequencies.get(term, 1) for term in terms], dtype=float)
+        return np.log1p((self.num_documents - frequencies + 0.5) / (frequencies + 0.5))
+
+
+class BM25Retriever(Retriever):
+    """
+    BM25 as Lucene computes it: idf · tf / (tf + k1 · (1 − b + b · length / average length)), summed over the words of
+    the query, a word that occurs twice counting twice.
+
+    The analyzer, one for [`fit`], [`score`], [`index`] and [`search`], follows Lucene's English analyzer: words of one
+    letter or more in lower case, possessive 's cut off, Lucene's 33 stop words left out, Porter stems. For another
+    language it takes that language's Snowball stemmer, and its stop words where bm25s has them.
+
+    Args:
+        k1 (`float`, *optional*, defaults to `1.2`):
+            How slowly a repeated word saturates.
+        b (`float`, *optional*, defaults to `0.75`):
+            How far long documents are scaled down, from 0 (not at all) to 1.
+        language (`str`, *optional*, defaults to `"english"`):
+            Name of a Snowball stemmer.
+        fields (`str`, *optional*, defaults to `"flat"`):
+            `"flat"`: title and text are one field. `"best"`: each is scored with statistics of its own, and the score
+            is the better plus half the other, as Elasticsearch's `best_fields` with `tie_breaker` 0.5 (what BEIR's
+            Elasticsearch baseline does).
+
+    Raises:
+        `InputError`: a setting out of its range.
+
+    Sources: [Kamphuis et al. 2020](https://doi.org/10.1007/978-3-030-45442-5_4) for the formula's variants,
+    [bm25s](https://huggingface.co/papers/2407.03618) for the index.
+    """
+
+    kind: ClassVar[str] = "sparse"
+
+    def __init__(self, k1: float = 1.2, b: float = 0.75, language: str = "english", fields: str = "flat"):
+        if k1 < 0 or not 0 <= b <= 1:
+            raise InputError(f"BM25 needs k1 ≥ 0 and b between 0 and 1; given are k1={k1}, b={b}.")
+        if fields not in FIELDS:
+            raise InputError(f"fields is one of {', '.join(FIELDS)}, not {fields!r}.")
+        if language not in Stemmer.algorithms():
+            raise InputError(f"No stemmer for language {language!r}; choose from {', '.join(Stemmer.algorithms())}.")
+        self.k1, self.b, self.language, self.fields = k1, b, language, fields
+        self._field_texts = FIELDS[fields]
+        if language == "english":
+            self._word, self._stopwords, stemmer = ENGLISH_WORD, stopwords.STOPWORDS_EN, "porter"
+        else:
+            stop = getattr(stopwords, f"STOPWORDS_{language.upper()}", ())
+            self._word, self._stopwords, stemmer = WORD, stop, language
+        self._stemmer = Stemmer.Stemmer(stemmer)
+        self._statistics: list[FieldStatistics] = []
+        self._indexes: list[bm25s.BM25] = []
+        self._document_ids: list[str] = []
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {
+            "retriever": "bm25",
+            "k1": self.k1,
+            "b": self.b,
+            "language": self.language,
+            "fields": self.fields,
+        }
+
+    # Statistics and scores of a training step
+
+    def fit(self, documents: list[Document]) -> None:
+        self._statistics = [FieldStatistics.count(tokens) for tokens in self._tokenize_fields(documents)]
+
+    def state(self) -> dict[str, Any]:
+        return {"config": self.config, "fields": [asdict(statistics) for statistics in self._statistics]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if state["config"] != self.config:
+            raise InputError(f"The saved BM25 statistics are those of {state['config']}, not of {self.config}.")
+        self._statistics = [FieldStatistics(**statistics) for statistics in state["fields"]]
+
+    def score(self, queries: list[str], documents: list[Document]) -> np.ndarray:
+        """
+        Scores every query against every document with the statistics of the last [`fit`] or [`index`], which the
+        given documents do not change.
+
+        Args:
+            queries (`list[str]`):
+                Query texts.
+            documents (`list[Document]`):
+                Documents, of the fitted corpus or not.
+
+        Returns:
+            `np.ndarray`: shape (queries, documents), float64; −inf where query and document have no term in common.
+            A value depends on its query and its document only, to the last bit, not on what else is scored.
+
+        Raises:
+            `RuntimeError`: there are no statistics yet.
+        """
+        if not self._statistics:
+            raise RuntimeError("BM25 scores need corpus statistics: call fit(documents) or index(documents) first.")
+        scores = _combine(
+            self._score_field(statistics, queries, [text_of(document) for document in documents])
+            for statistics, text_of in zip(self._statistics, self._field_texts, strict=True)
+        )
+        return np.where(scores > 0, scores, -np.inf)
+
+    def _score_field(self, statistics: FieldStatistics, queries: list[str], texts: list[str]) -> np.ndarray:
+        tokens = self._tokenize(queries + texts)
+        query_ids, document_ids = tokens.ids[: len(queries)], tokens.ids[len(queries) :]
+        terms = sorted(tokens.vocab, key=tokens.vocab.get)
+
+        weights = _count_terms(query_ids, len(terms))
+        weights.data *= statistics.idf(terms)[weights.indices]
+
+        lengths = np.array([len(ids) for ids in document_ids], dtype=float)
+        # Where no document of the corpus has a word in this field there is no average to divide by.
+        norms = self.k1 * (1 - self.b + self.b * lengths / (statistics.average_length or 1.0))
+        saturated = _count_terms(document_ids, len(terms))
+        saturated.data /= saturated.data + np.repeat(norms, np.diff(saturated.indptr))
+        return (weights @ saturated.T).toarray()
+
+    # Index and search
+
+    def index(self, documents: list[Document]) -> None:
+        """
+        Builds the bm25s index of `documents` and fits the statistics on the same texts.
+
+        Args:
+            documents (`list[Document]`):
+                The corpus; ids must be unique.
+
+        Raises:
+            `InputError`: no documents, or an id occurs twice.
+        """
+        document_ids = [document.id for document in documents]
+        repeated = [document_id for document_id, count in Counter(document_ids).items() if count > 1]
+        if repeated:
+            raise InputError(f"Document id {repeated[0]!r} occurs twice in the documents to index.")
+        statistics, indexes = [], []
+        for tokens in self._tokenize_fields(documents):
+            # float64, so that search and score rank alike
+            field_index = bm25s.BM25(k1=self.k1, b=self.b, method="lucene", dtype="float64")
+            with np.errstate(invalid="ignore"):  # the average length of a field that is empty everywhere is 0
+                field_index.index(tokens, create_empty_token=False, show_progress=False)
+            statistics.append(FieldStatistics.count(tokens))
+            indexes.append(field_index)
+        self._statistics, self._indexes, self._document_ids = statistics, indexes, document_ids
+
+    def search(self, queries: list[str], k: int = 10) -> list[list[tuple[str, float]]]:
+        """
+        Searches the index.
+
+        Args:
+            queries (`list[str]`):
+                Query texts.
+            k (`int`, *optional*, defaults to `10`):
+                The most hits a query gets.
+
+        Returns:
+            `list[list[tuple[str, float]]]`: for each query its hits as (document id, score), best first, equal scores
+            in the order of indexing. Documents without a term of the query are no hits, so there may be none.
+
+        Raises:
+            `InputError`: `k` is less than 1.
+            `RuntimeError`: nothing is indexed.
+        """
+        if k < 1:
+            raise InputError(f"k is the number of hits wanted, at least 1, not {k}.")
+        if not self._indexes:
+            raise RuntimeError("There is nothing to search: call index(documents) or load(folder) first.")
+        tokens = self._tokenize(queries)
+        terms = sorted(tokens.vocab, key=tokens.vocab.get)
+        results = []
+        for query_ids in tokens.ids:
+            query_terms = [terms[i] for i in query_ids]
+            scores = _combine(_index_scores(field_index, query_terms) for field_index in self._indexes)
+            results.append([(self._document_ids[i], float(scores[i])) for i in _best(scores, k)])
+        return results
+
+    def save(self, folder: str | Path) -> None:
+        """
+        Writes the index to `folder`: bm25s' own files for each field, the statistics and the document ids as JSON.
+
+        Args:
+            folder (`str` or `Path`):
+                The folder, made if it is not there. `retriever.json` is written last: without it a folder is unfinished.
+
+        Raises:
+            `RuntimeError`: nothing is indexed.
+        """
+        if not self._indexes:
+            raise RuntimeError("There is nothing to save: call index(documents) first.")
+        folder = Path(folder)
+        (folder / "retriever.json").unlink(missing_ok=True)
+        for i, field_index in enumerate(self._indexes):
+            field_index.save(folder / f"field_{i}", allow_pickle=False, show_progress=False)
+        write_json(folder / "document_ids.json", self._document_ids)
+        write_json(folder / "statistics.json", self.state())
+        write_json(folder / "retriever.json", self.config)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """
+        Reads an index that [`save`] wrote.
+
+        Args:
+            folder (`str` or `Path`):
+                The folder.
+
+        Returns:
+            `BM25Retriever`: with the settings of the folder; compare its [`config`] with what is expected.
+
+        Raises:
+            `InputError`: there is no finished BM25 index in the folder.
+        """
+        folder = Path(folder)
+        if not (folder / "retriever.json").exists():
+            raise InputError(f"{folder} holds no finished index (there is no retriever.json): index the corpus again.")
+        config = _read_json(folder / "retriever.json")
+        if config.pop("retriever", None) != "bm25":
+            raise InputError(f"{folder} holds an index of another retriever than BM25: see its retriever.json.")
+        retriever = cls(**config)
+        retriever.load_state(_read_json(folder / "statistics.json"))
+        retriever._document_ids = _read_json(folder / "document_ids.json")
+        retriever._indexes = [
+            bm25s.BM25.load(folder / f"field_{i}", allow_pickle=False, show_progress=False)
+            for i in range(len(retriever._field_texts))
+        ]
+        return retriever
+
+    # Analysis
+
+    def _tokenize_fields(self, documents: list[Document]) -> list[Tokenized]:
+        if not documents:
+            raise InputError("There are no documents to take BM25 statistics from.")
+        return [self._tokenize([text_of(document) for document in documents]) for text_of in self._field_texts]
+
+    def _tokenize(self, texts: list[str]) -> Tokenized:
+        """Analyses each distinct line once: the rollouts of one text share all lines but the last."""
+        split_texts = [text.split("\n") for text in texts]
+        lines = list(dict.fromkeys(chain.from_iterable(split_texts)))
+        ids, vocab = bm25s.tokenize(
+            lines,
+            token_pattern=self._word,
+            stopwords=self._stopwords,
+            stemmer=self._stemmer,
+            show_progress=False,
+        )
+        line_ids = dict(zip(lines, ids, strict=True))
+        text_ids = [list(chain.from_iterable(map(line_ids.get, text_lines))) for text_lines in split_texts]
+        return Tokenized(text_ids, vocab)
+
+
+def _count_terms(token_ids: list[list[int]], num_terms: int) -> sparse.csr_array:
+    """
+    Counts of terms, shape (texts, terms).
+
+    The entries of a row stay in the order of the text, not of the term ids, which differ from call to call: a sparse
+    product adds them up in that order, so that equal texts have equal scores to the last bit.
+    """
+    counters = [Counter(ids) for ids in token_ids]
+    data = np.fromiter(chain.from_iterable(counter.values() for counter in counters), dtype=float)
+    indices = np.fromiter(chain.from_iterable(counters), dtype=np.int32)
+    indptr = np.cumsum([0, *map(len, counters)])
+    return sparse.csr_array((data, indices, indptr), shape=(len(counters), num_terms))
+
+
+def _combine(field_scores: Iterable[np.ndarray]) -> np.ndarray:
+    """The score of the one field, or of two the better plus half the other."""
+    first, *rest = field_scores
+    if not rest:
+        return first
+    return np.maximum(first, rest[0]) + TIE_BREAKER * np.minimum(first, rest[0])
+
+
+def _index_scores(field_index: bm25s.BM25, query_terms: list[str]) -> np.ndarray:
+    """Scores of all indexed documents, 0 for those without a term of the query."""
+    known_ids = field_index.get_tokens_ids(query_terms)
+    if not known_ids:
+        return np.zeros(field_index.scores["num_docs"])
+    return field_index.get_scores_from_ids(known_ids)
+
+
+def _best(scores: np.ndarray, k: int) -> np.ndarray:
+    """
+    The up to `k` best positive scores' places, best first and equal scores in their order.
+
+    bm25s' own selection fills up with zero scores and orders ties arbitrarily.
+    """
+    hits = np.flatnonzero(scores > 0)
+    if len(hits) > k:
+        threshold = np.partition(scores[hits], -k)[-k]
+        hits = hits[scores[hits] >= threshold]
+    return hits[np.argsort(-scores[hits], kind="stable")][:k]
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,440 @@
+"""The trainer: TRL's GRPO on composite groups, with the joint reward."""
+
+import copy
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from trl import GRPOTrainer
+
+from .config import CoAugConfig
+from .data import Collection, Document
+from .distributed import merge_shares, own_share
+from .evaluation import evaluate_run
+from .files import write_json
+from .groups import TEXT_TYPES, CompositeGroups, Group, GroupCollator, GroupSampler
+from .policy import GenerationSettings, PolicySettings
+from .prompts import PromptSet, document_text, extract_answer
+from .retrieval import Retriever
+from .rewards.joint import JointReward
+
+
+logger = get_logger(__name__)
+
+STATE_FILE = "coaug_state.json"
+EVAL_DEPTH = 100
+
+
+class CoAugTrainer(GRPOTrainer):
+    """
+    Trainer for query–document co-augmentation, from [Harnessing the Power of Reinforcement Learning for
+    Language-Model-Based Information Retriever via Query-Document Co-Augmentation](https://huggingface.co/papers/2506.18670).
+
+    What changes with respect to [`trl.GRPOTrainer`]: the sampler yields composite groups, the first reward function is
+    the joint reward, advantages are normalised per text and scaled by text type, and evaluation augments the dev
+    collection greedily and retrieves. Generation, loss, weight syncing and distribution are inherited unchanged.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            The policy, as in [`trl.GRPOTrainer`].
+        args ([`~coaug_trl.CoAugConfig`]):
+            Configuration.
+        train_collection ([`~coaug_trl.Collection`]):
+            Collection whose split is trained on.
+        retriever ([`~coaug_trl.retrieval.Retriever`]):
+            Its scores are the reward. Fitted here on the collection's documents.
+        prompt_set ([`~coaug_trl.PromptSet`], *optional*):
+            Prompts and composition; defaults to the package's for the retriever's kind.
+        eval_collection ([`~coaug_trl.Collection`], *optional*):
+            Collection whose split is evaluated during training: the dev split, never the test split.
+        reward_funcs (`RewardFunc` or `list[RewardFunc]`, *optional*):
+            Further TRL reward functions, after the joint reward; `args.reward_weights` weighs all of them. They
+            receive the columns `group`, `text_type` and `text_id`.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer.
+        callbacks (list of [`~transformers.TrainerCallback`], *optional*):
+            Callbacks.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapter to train instead of the whole model.
+        **kwargs:
+            Further arguments of [`trl.GRPOTrainer`], such as `quantization_config` or `optimizers`.
+
+    Raises:
+        `ValueError`: Prompt set and retriever do not match, or the settings would train on nothing.
+    """
+
+    _tag_names = ["trl", "coaug"]
+    _name = "CoAug"
+    _paper = {
+        "title": "Harnessing the Power of Reinforcement Learning for Language-Model-Based Information Retriever via "
+        "Query-Document Co-Augmentation",
+        "id": "2506.18670",
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel",
+        args: CoAugConfig,
+        train_collection: Collection,
+        retriever: Retriever,
+        prompt_set: PromptSet | None = None,
+        eval_collection: Collection | None = None,
+        reward_funcs: Callable | list[Callable] = (),
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        peft_config: Any | None = None,
+        **kwargs,
+    ):
+        prompt_set = prompt_set or PromptSet.default(retriever.kind)
+        if prompt_set.kind != retriever.kind:
+            raise ValueError(
+                f"The prompt set is for {prompt_set.kind} retrievers and the retriever is {retriever.kind}; use "
+                f"PromptSet.default({retriever.kind!r}) or one of your own of that kind."
+            )
+        self.train_collection = train_collection
+        self.eval_collection = eval_collection
+        self.retriever = retriever
+        self.prompt_set = prompt_set
+        groups = CompositeGroups(
+            train_collection,
+            num_queries=args.queries_per_group,
+            group_size=args.group_size,
+            num_relevant=args.num_relevant,
+            groups_per_batch=args.groups_per_batch,
+            seed=args.seed,
+        )
+        retriever.fit(list(train_collection.corpus.values()))
+        self._num_truncated = 0
+        # The settings are saved whenever the model is, which the base class may do while it is constructed.
+        self.settings = PolicySettings(
+            prompt_set, GenerationSettings(args.max_completion_length, args.repetition_penalty), retriever.config
+        )
+        if callable(reward_funcs) or isinstance(reward_funcs, str):
+            reward_funcs = [reward_funcs]
+        super().__init__(
+            model=model,
+            reward_funcs=[JointReward(train_collection, retriever, prompt_set, args), *reward_funcs],
+            args=args,
+            train_dataset=Dataset.from_dict({"query_id": groups.query_ids}),
+            eval_dataset=Dataset.from_dict({"query_id": list(eval_collection.qrels)}) if eval_collection else None,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        self._refuse_vanishing_updates()
+        # GRPOTrainer accepts nothing but a `datasets.Dataset`. Groups are drawn rather than stored, so they take its
+        # place once it is constructed.
+        self.train_dataset = groups
+        self._completions_per_group = args.rows_per_group * args.num_generations
+        self.data_collator = GroupCollator(self._completions_per_group)
+        logger.info(train_collection.summary())
+        logger.info(args.batch_summary)
+        if groups.num_filled:
+            logger.info(
+                f"1 epoch = {groups.groups_per_epoch // args.groups_per_batch} generation batches; its last one is "
+                f"filled with {groups.num_filled} queries from the epoch's start"
+            )
+
+    def _refuse_vanishing_updates(self):
+        low_precision = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and parameter.dtype == torch.bfloat16
+        ]
+        if low_precision and self.args.learning_rate < 1e-5:
+            raise ValueError(
+                f"learning_rate is {self.args.learning_rate} and {len(low_precision)} trained parameters are bfloat16: "
+                "nearly all updates would round to nothing. Load the model in float32 (dtype: float32; bf16: true "
+                "still computes in bfloat16), or set learning_rate to at least 1e-5."
+            )
+
+    # Groups in, rows out
+
+    def _get_train_sampler(self, dataset: Any | None = None) -> GroupSampler:
+        groups = self.train_dataset
+        repeat_count = self.args.steps_per_generation * self.num_iterations
+        batches_per_epoch = groups.groups_per_epoch // groups.groups_per_batch
+        steps_per_epoch = batches_per_epoch * repeat_count // self.args.gradient_accumulation_steps
+        return GroupSampler(
+            groups, self._completions_per_group, repeat_count, lambda: self.state.global_step // steps_per_epoch
+        )
+
+    def _rows(self, groups: list[Group]) -> list[dict[str, Any]]:
+        """One row a completion, as TRL expects it: a prompt, and columns for the reward functions."""
+        rows = [
+            {"group": group, "text_type": text_type, "text_id": text_id}
+            for group in groups
+            for text_type, text_id in group.rows(self.args.augment)
+        ]
+        corpus, queries = self.train_collection.corpus, self.train_collection.queries
+        sides = ["query" if row["text_type"] == "query" else "document" for row in rows]
+        texts = [
+            queries[row["text_id"]] if side == "query" else document_text(corpus[row["text_id"]])
+            for row, side in zip(rows, sides, strict=True)
+        ]
+        for row, prompt in zip(rows, self._prompts(sides, texts), strict=True):
+            row["prompt"] = prompt
+        return [row for row in rows for _ in range(self.num_generations)]
+
+    def _prompts(self, sides: list[str], texts: list[str]) -> list[Any]:
+        tokenizer = self._tokenizer
+        texts = list(texts)
+        places = [place for place, side in enumerate(sides) if side == "document"]
+        if places:
+            cut, num_cut = self.prompt_set.truncate([texts[place] for place in places], tokenizer)
+            for place, text in zip(places, cut, strict=True):
+                texts[place] = text
+            self._num_truncated += num_cut
+        return [self.prompt_set.prompt(side, text, tokenizer) for side, text in zip(sides, texts, strict=True)]
+
+    # Rewards and advantages
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return self._rewards_per_func
+
+    def _generate_and_score_completions(self, inputs: list[Group]) -> dict[str, torch.Tensor | Any]:
+        output = super()._generate_and_score_completions(self._rows(inputs))
+        # What the joint reward logged of this generation batch, gathered over processes in their order.
+        columns = self._logs["extra"]
+        rewards = (self._rewards_per_func * self.reward_weights.to(self._rewards_per_func.device)).nansum(dim=1)
+        advantages = normalize_advantages(rewards, self.num_generations, self.args.advantage_normalization)
+        scales = dict(zip(TEXT_TYPES, self.args.text_type_scales, strict=True))
+        advantages = advantages * torch.tensor(
+            [scales[text_type] for text_type in columns["text_type"]], device=advantages.device
+        )
+        num_local = len(output["advantages"])
+        first = self.accelerator.process_index * num_local
+        output["advantages"] = advantages[first : first + num_local]
+        self._logs["advantages"].clear()
+        self._logs["advantages"].extend(advantages.tolist())
+        self._log_text_types(rewards, advantages, self._clipped(output), columns)
+        if self._num_truncated:
+            logger.info(
+                f"{self._num_truncated} documents of this generation batch were cut to "
+                f"{self.prompt_set.max_document_tokens} tokens"
+            )
+            self._num_truncated = 0
+        return output
+
+    def _clipped(self, output: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Whether each completion of the generation batch, over all processes, reached the longest length."""
+        lengths = output["completion_mask"].sum(dim=1)
+        last = output["completion_ids"].gather(1, (lengths - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
+        ends = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=last.device)
+        # TRL masks truncated completions whole if asked to
+        return self.accelerator.gather((lengths == 0) | ~torch.isin(last, ends))
+
+    def _log_text_types(
+        self, rewards: torch.Tensor, advantages: torch.Tensor, clipped: torch.Tensor, columns: dict[str, Any]
+    ):
+        metrics = self._metrics["train"]
+        spread = rewards.view(-1, self.num_generations)
+        no_spread = (spread.amax(dim=1) - spread.amin(dim=1) < 1e-8).repeat_interleave(self.num_generations)
+        words = torch.tensor([float(len(answer.split())) for answer in columns["answer"]], device=rewards.device)
+        types = list(columns["text_type"])
+        for text_type in TEXT_TYPES:
+            chosen = torch.tensor([each == text_type for each in types], device=rewards.device)
+            if not chosen.any():
+                continue
+            metrics[f"{text_type}/reward"].append(rewards[chosen].mean().item())
+            metrics[f"{text_type}/advantage_std"].append(advantages[chosen].std().item())
+            metrics[f"{text_type}/zero_spread_share"].append(no_spread[chosen].float().mean().item())
+            metrics[f"{text_type}/answer_rate"].append((words[chosen] > 0).float().mean().item())
+            metrics[f"{text_type}/answer_words"].append(words[chosen].mean().item())
+            metrics[f"{text_type}/clipped_ratio"].append(clipped[chosen].float().mean().item())
+
+    # Evaluation on the dev collection
+
+    @contextmanager
+    def _greedy_generation(self):
+        """TRL's own generation, but greedy: the settings a trained policy is used with."""
+        if self.use_vllm:
+            sampling = {name: getattr(self.vllm_generation, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+            for name, value in {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": None}.items():
+                setattr(self.vllm_generation, name, value)
+            try:
+                yield
+            finally:
+                for name, value in sampling.items():
+                    setattr(self.vllm_generation, name, value)
+        else:
+            sampling, sampling_kwargs = self.generation_config, self.generation_kwargs
+            greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "min_p": None}
+            self.generation_kwargs = {**sampling_kwargs, **greedy}
+            self.generation_config = type(sampling)(**self.generation_kwargs, disable_compile=True)
+            try:
+                yield
+            finally:
+                self.generation_config, self.generation_kwargs = sampling, sampling_kwargs
+
+    def augment_greedily(self, side: str, texts: list[str]) -> list[str]:
+        """
+        Answers of the current policy, generated as after training, shared among processes.
+
+        Args:
+            side (`str`):
+                `"query"` or `"document"`.
+            texts (`list[str]`):
+                The same texts on every process.
+
+        Returns:
+            `list[str]`: one answer a text, empty where there was none.
+        """
+        by_length = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        prompts = own_share(self._prompts([side] * len(texts), [texts[index] for index in by_length]))
+        answers = []
+        batch_size = self.args.per_device_eval_batch_size
+        with self._greedy_generation():
+            for first in tqdm(
+                range(0, len(prompts), batch_size),
+                desc=f"Augmenting {len(texts)} {'queries' if side == 'query' else 'documents'}",
+                disable=self.args.disable_tqdm or not self.accelerator.is_main_process,
+                leave=False,
+            ):
+                prompt_ids, images, fields = self._tokenize_prompts(prompts[first : first + batch_size])
+                completion_ids, _ = self._generate_single_turn(prompt_ids, images, fields, num_generations=1)
+                completions = self._tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+                answers += [extract_answer(completion) for completion in completions]
+        merged = merge_shares(answers, len(texts))
+        in_order = [""] * len(texts)
+        for index, answer in zip(by_length, merged, strict=True):
+            in_order[index] = answer
+        return in_order
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """
+        Augments the dev collection greedily, retrieves, and measures over every judged query.
+
+        Logs `eval_nDCG@k` from an index of the augmented corpus, as deployment builds it, and
+        `eval_nDCG@k_reward_statistics` with the statistics the reward used until now.
+        """
+        self.model.eval()
+        collection, k = self.eval_collection, self.args.ndcg_k
+        queries = {query_id: collection.queries[query_id] for query_id in collection.qrels}
+        documents = self._eval_documents()
+        if self.args.augment != "document":
+            answers = self.augment_greedily("query", list(queries.values()))
+            queries = {
+                query_id: self.prompt_set.compose_query(query, answer)
+                for (query_id, query), answer in zip(queries.items(), answers, strict=True)
+            }
+        if self.args.augment != "query":
+            answers = self.augment_greedily("document", [document_text(document) for document in documents])
+            documents = [
+                self.prompt_set.compose_document(document, answer)
+                for document, answer in zip(documents, answers, strict=True)
+            ]
+        frozen_hits = self.retriever.rank(list(queries.values()), documents, EVAL_DEPTH)
+        deployed = copy.copy(self.retriever)
+        deployed.index(documents)
+        deployed_hits = deployed.search(list(queries.values()), EVAL_DEPTH)
+        if self.args.refresh_statistics:
+            self.retriever.load_state(deployed.state())
+
+        measure = f"nDCG@{k}"
+        metrics = {}
+        for name, hits in ((measure, deployed_hits), (f"{measure}_reward_statistics", frozen_hits)):
+            run = {query_id: dict(found) for query_id, found in zip(queries, hits, strict=True)}
+            metrics[f"{metric_key_prefix}_{name}"] = evaluate_run(collection.qrels, run, (measure,))[0][measure]
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(queries))
+
+    def _eval_documents(self) -> list[Document]:
+        collection, size = self.eval_collection, self.args.eval_corpus_size
+        if size is None or size >= len(collection.corpus):
+            return list(collection.corpus.values())
+        judged = {document_id for grades in collection.qrels.values() for document_id in grades}
+        others = [document_id for document_id in collection.corpus if document_id not in judged]
+        generator = torch.Generator().manual_seed(self.args.seed)
+        drawn = torch.randperm(len(others), generator=generator)[: max(0, size - len(judged))].tolist()
+        kept = judged | {others[index] for index in drawn}
+        return [document for document_id, document in collection.corpus.items() if document_id in kept]
+
+    # Saving and resuming
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        self.settings.save(output_dir or self.args.output_dir)
+
+    def _save_checkpoint(self, model, trial):
+        # Before the base class, whose trainer_state.json comes last and marks the checkpoint as whole.
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._step % (self.args.steps_per_generation * self.num_iterations):
+            self._save_rollouts(folder)
+        if self.args.should_save:
+            write_json(folder / STATE_FILE, {"step": self._step, "retriever_state": self.retriever.state()})
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (Path(checkpoint) / STATE_FILE).is_file():
+            state = json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8"))
+            self._step = state["step"]
+            self.retriever.load_state(state["retriever_state"])
+            self._load_rollouts(Path(checkpoint))
+
+    def _rollouts_path(self, folder: Path) -> Path:
+        return folder / f"rollouts_{self.accelerator.process_index}.safetensors"
+
+    def _save_rollouts(self, folder: Path) -> None:
+        tensors = {
+            f"{index}.{name}": value.clone()  # one tensor may serve all slices, which safetensors refuses
+            for index, slice_ in enumerate(self._buffered_inputs)
+            for name, value in slice_.items()
+            if value is not None
+        }
+        path = self._rollouts_path(folder)
+        save_file(tensors, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+    def _load_rollouts(self, checkpoint: Path) -> None:
+        path = self._rollouts_path(checkpoint)
+        if not path.is_file():
+            return
+        slices = defaultdict(dict)
+        for key, value in load_file(path, device=str(self.accelerator.device)).items():
+            index, name = key.split(".", 1)
+            slices[int(index)][name] = value
+        self._buffered_inputs = [slices[index] for index in range(len(slices))]
+
+
+def normalize_advantages(rewards: torch.Tensor, num_generations: int, normalization: str) -> torch.Tensor:
+    """
+    Advantages of the rollouts of a generation batch.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N,)`):
+            Rewards, the `num_generations` rollouts of a text together.
+        num_generations (`int`):
+            Rollouts a text.
+        normalization (`str`):
+            `"center"`: less the mean of the text's rollouts (arXiv 2506.18670, section 3.4); `"group"`: also divided
+            by their standard deviation (GRPO); `"batch"`: less the mean and divided by the standard deviation of the
+            whole batch (REINFORCE++).
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`: advantages.
+    """
+    if normalization == "batch":
+        return (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+    texts = rewards.view(-1, num_generations)
+    centered = texts - texts.mean(dim=1, keepdim=True)
+    if normalization == "group":
+        centered = centered / (texts.std(dim=1, keepdim=True) + 1e-4)
+    return centered.reshape(-1)

@@ -1,5 +1,5 @@
 """
-Makes the policy the quickstart starts from: a tiny word-level Qwen2 model that knows the synonyms of the
+Makes the policy the quickstart starts from: a tiny word-level Llama model that knows the synonyms of the
 vocabulary-gap collection, as a pretrained model would, but has no convention for which of them to use.
 
 python scripts/make_quickstart_model.py --output_dir runs/quickstart/untrained
@@ -12,19 +12,19 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from coaug_trl import Collection, PromptSet
 from coaug_trl.data import vocabulary_gap
 
 
 PROMPT_SET = Path(__file__).parent.parent / "recipes" / "quickstart" / "prompt_set.yaml"
-SPECIAL = ["<pad>", "<eos>", "<unk>"]
+SPECIAL = ["<pad>", "<eos>", "<unk>", "<answer>", "</answer>"]
 
 
 def make_tokenizer(prompt_set: PromptSet) -> PreTrainedTokenizerFast:
     """One token a word, for the words of the collection and the prompts."""
-    words = SPECIAL + ["<answer>", "</answer>"] + vocabulary_gap.vocabulary()
+    words = SPECIAL + vocabulary_gap.vocabulary()
     words += sorted(set(f"{prompt_set.query} {prompt_set.document}".split()) - set(words))
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -33,22 +33,22 @@ def make_tokenizer(prompt_set: PromptSet) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """An untrained model of about 200 thousand parameters."""
-    config = Qwen2Config(
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A model with random weights. Not a Qwen2 one, because AutoTokenizer would give that another tokenizer."""
+    config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=96,
+        hidden_size=64,
         intermediate_size=192,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
         max_position_embeddings=128,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    return Qwen2ForCausalLM(config)
+    return LlamaForCausalLM(config)
 
 
 def random_synonyms(text: str, generator: np.random.Generator) -> str:

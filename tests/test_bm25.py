@@ -202,6 +202,16 @@ class TestSearch:
             assert [document_id for document_id, _ in hits] == [CORPUS[i].id for i in order]
             np.testing.assert_allclose([score for _, score in hits], row[order], rtol=1e-12)
 
+    def test_rank_needs_no_index(self, monkeypatch):
+        monkeypatch.setattr("coaug_trl.retrieval.base.RANK_CHUNK", 2)
+        indexed = BM25Retriever()
+        indexed.index(CORPUS)
+        for expected, ranked in zip(
+            indexed.search(QUERIES, k=2), fitted(CORPUS).rank(QUERIES, CORPUS, 2), strict=True
+        ):
+            assert [document_id for document_id, _ in ranked] == [document_id for document_id, _ in expected]
+            assert [score for _, score in ranked] == pytest.approx([score for _, score in expected])
+
     def test_index_fits_the_statistics(self):
         retriever = BM25Retriever()
         retriever.index(CORPUS)

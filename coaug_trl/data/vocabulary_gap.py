@@ -64,7 +64,7 @@ def generate(seed: int = 0) -> tuple[dict[str, Document], dict[str, str], dict[s
         document_id = f"d{number:03d}"
         chosen = [concepts[index] for index in generator.choice(len(concepts), CONCEPTS_PER_DOCUMENT, replace=False)]
         words = [_form(generator, concept, technical=True) for concept in chosen]
-        words += generator.choice(FILLER, 6, replace=False).tolist()
+        words += generator.choice(FILLER, 4, replace=False).tolist()
         corpus[document_id] = Document(document_id, "", " ".join(generator.permutation(words).tolist()))
         concepts_of[document_id] = set(chosen)
 

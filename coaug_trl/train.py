@@ -1,0 +1,277 @@
+"""Training from a recipe: what `coaug train` and `accelerate launch scripts/train.py` run."""
+
+import logging
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from transformers import AutoTokenizer, ProgressCallback, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import ModelConfig, TrlParser, get_kbit_device_map, get_peft_config, get_quantization_config
+
+from .config import CoAugConfig
+from .data import Collection
+from .errors import InputError
+from .groups import CompositeGroups
+from .prompts import PromptSet, document_text
+from .retrieval import BM25Retriever
+from .trainer import CoAugTrainer
+
+
+logger = get_logger(__name__)
+
+# Shown beside the progress bar; all metrics are in trainer_state.json and go to report_to.
+SHOWN = {"reward": "reward", "query/answer_rate": "answers", "entropy": "entropy"}
+
+
+@dataclass
+class CoAugScriptArguments:
+    """
+    What is trained on, and for which retriever.
+
+    Args:
+        collection (`str`):
+            BEIR folder, Hub id, `irds:NAME` for ir_datasets, or `vocabulary-gap`.
+        train_split (`str`, *optional*, defaults to `"train"`):
+            Split to train on.
+        eval_split (`str`, *optional*, defaults to `"dev"`):
+            Split of the evaluations during training; used if `eval_strategy` is not `"no"`. Never the test split.
+        retriever (`str`, *optional*, defaults to `"bm25"`):
+            Retriever whose ranking is the reward.
+        fields (`str`, *optional*, defaults to `"flat"`):
+            BM25: title and text as one field (`"flat"`) or two (`"best"`).
+        k1 (`float`, *optional*, defaults to `1.2`):
+            BM25: saturation of repeated words.
+        b (`float`, *optional*, defaults to `0.75`):
+            BM25: normalisation by length.
+        language (`str`, *optional*, defaults to `"english"`):
+            BM25: Snowball stemmer.
+        prompt_set (`str`, *optional*):
+            YAML file with the prompts; defaults to the package's for the retriever's kind.
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Print the batch arithmetic, build everything but the model, and exit.
+    """
+
+    collection: str = field(metadata={"help": "BEIR folder, Hub id, irds:NAME, or vocabulary-gap."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str = field(default="dev", metadata={"help": "Split of evaluations during training; never 'test'."})
+    retriever: str = field(default="bm25", metadata={"help": "Retriever of the reward.", "choices": ["bm25"]})
+    fields: str = field(
+        default="flat", metadata={"help": "BM25: title and text as one field or two.", "choices": ["flat", "best"]}
+    )
+    k1: float = field(default=1.2, metadata={"help": "BM25: saturation of repeated words."})
+    b: float = field(default=0.75, metadata={"help": "BM25: normalisation by length."})
+    language: str = field(default="english", metadata={"help": "BM25: Snowball stemmer."})
+    prompt_set: str | None = field(default=None, metadata={"help": "YAML file with the prompts."})
+    dry_run: bool = field(default=False, metadata={"help": "Build everything but the model, and exit."})
+
+    def __post_init__(self):
+        if self.eval_split == "test" or self.train_split == "test":
+            raise InputError("The test split is for coaug evaluate alone; train on 'train' and evaluate on 'dev'.")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """
+    Trains a policy.
+
+    Args:
+        arguments (`list[str]`, *optional*):
+            Command line: `--config RECIPE` and fields of [`CoAugScriptArguments`], [`~coaug_trl.CoAugConfig`] and
+            [`trl.ModelConfig`], which go before those of the recipe. Defaults to that of the process.
+
+    Raises:
+        `InputError`: A setting or an input file has to be mended.
+    """
+    script_args, training_args, model_args = parse_arguments(arguments)
+    set_up_logging()
+    set_seed(training_args.seed)
+
+    ###########
+    # Collection
+    ###########
+    train_collection = Collection.load(script_args.collection, script_args.train_split)
+    eval_collection = None
+    if training_args.eval_strategy != "no":
+        eval_collection = train_collection.with_split(script_args.eval_split)
+
+    ###########
+    # Retriever, prompts, tokenizer
+    ###########
+    retriever = BM25Retriever(script_args.k1, script_args.b, script_args.language, script_args.fields)
+    prompt_set = PromptSet.load(script_args.prompt_set) if script_args.prompt_set else PromptSet.default(retriever.kind)
+    tokenizer = load_tokenizer(training_args, model_args)
+
+    if script_args.dry_run:
+        if PartialState().is_main_process:
+            print_plan(training_args, train_collection, eval_collection, retriever, prompt_set, tokenizer)
+        return
+
+    ###########
+    # Model and trainer
+    ###########
+    quantization_config = get_quantization_config(model_args)
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **({"device_map": get_kbit_device_map()} if quantization_config is not None else {}),
+        **(training_args.model_init_kwargs or {}),
+    }
+    trainer = CoAugTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_collection=train_collection,
+        retriever=retriever,
+        prompt_set=prompt_set,
+        eval_collection=eval_collection,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+        quantization_config=quantization_config,
+    )
+    if not training_args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(CompactProgressCallback)
+
+    ###########
+    # Train, from the last whole checkpoint if there is one
+    ###########
+    checkpoint = training_args.resume_from_checkpoint or last_whole_checkpoint(training_args.output_dir)
+    if checkpoint:
+        logger.warning(f"Resuming from {checkpoint}. To start afresh, choose another output_dir.")
+    train_result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.log_metrics("train", train_result.metrics)
+    trainer.save_metrics("train", train_result.metrics)
+    trainer.save_state()
+
+    ###########
+    # Save, evaluate on the dev split
+    ###########
+    trainer.save_model(training_args.output_dir)
+    if eval_collection is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+
+
+class CompactProgressCallback(ProgressCallback):
+    """The trainer's progress bar, with a few metrics beside it rather than all of them, line after line, above it."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None:
+            shown = {name: f"{logs[key]:.3f}" for key, name in SHOWN.items() if logs.get(key) is not None}
+            if shown:
+                self.training_bar.set_postfix(shown)
+            for key, value in logs.items():
+                if key.startswith("eval_nDCG"):
+                    self.training_bar.write(f"step {state.global_step}: {key} = {value:.4f}")
+
+
+def set_up_logging() -> None:
+    """Prints what this package has to say; hides deprecations that only the authors of libraries can act on."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("coaug_trl").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> tuple[CoAugScriptArguments, CoAugConfig, ModelConfig]:
+    """
+    Reads recipe and command line.
+
+    Raises:
+        `InputError`: The recipe is not there or not YAML, or a setting has a value that cannot work.
+    """
+    parser = TrlParser((CoAugScriptArguments, CoAugConfig, ModelConfig), prog="coaug train")
+    try:
+        script_args, training_args, model_args = parser.parse_args_and_config(arguments)
+    except (OSError, yaml.YAMLError, ValueError) as error:
+        raise InputError(str(error)) from None
+    if model_args.model_name_or_path is None:
+        raise InputError("model_name_or_path is missing; give a folder or a Hub id, such as Qwen/Qwen2.5-0.5B-Instruct.")
+    return script_args, training_args, model_args
+
+
+def load_tokenizer(training_args: CoAugConfig, model_args: ModelConfig):
+    """
+    Loads the tokenizer of the model.
+
+    Raises:
+        `InputError`: There is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            padding_side="left",
+            truncation_side="left",
+            trust_remote_code=training_args.trust_remote_code,
+        )
+    except OSError as error:
+        raise InputError(f"{model_args.model_name_or_path}: no tokenizer could be loaded from there: {error}") from None
+
+
+def last_whole_checkpoint(output_dir: str | Path) -> str | None:
+    """
+    The newest checkpoint of a run that was written to its end, `None` if there is none.
+
+    `trainer_state.json` is written last; a checkpoint without it is named in a warning and skipped.
+    """
+    found = {}
+    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if step.isdecimal() and path.is_dir():
+            found[int(step)] = path
+    for step in sorted(found, reverse=True):
+        if (found[step] / "trainer_state.json").is_file():
+            return str(found[step])
+        logger.warning(f"{found[step]} is incomplete and skipped; delete it.")
+    return None
+
+
+def print_plan(
+    training_args: CoAugConfig,
+    train_collection: Collection,
+    eval_collection: Collection | None,
+    retriever: BM25Retriever,
+    prompt_set: PromptSet,
+    tokenizer,
+) -> None:
+    """Prints what a run would do, having built everything but the model."""
+    groups = CompositeGroups(
+        train_collection,
+        training_args.queries_per_group,
+        training_args.group_size,
+        training_args.num_relevant,
+        training_args.groups_per_batch,
+        training_args.seed,
+    )
+    retriever.fit(list(train_collection.corpus.values()))
+    group = groups[0]
+    query = train_collection.queries[group.queries[0]]
+    documents, num_cut = prompt_set.truncate(
+        [document_text(train_collection.corpus[document_id]) for document_id in group.documents], tokenizer
+    )
+    batches = groups.groups_per_epoch // training_args.groups_per_batch
+    print(train_collection.summary())
+    if eval_collection is not None:
+        print(eval_collection.summary())
+    print(training_args.batch_summary)
+    print(
+        f"1 epoch = {batches:,} generation batches = "
+        f"{batches * training_args.updates_per_batch * training_args.num_iterations:,} optimizer steps; "
+        f"{groups.num_filled:,} queries come twice to fill the last batch"
+    )
+    print(
+        f"1 optimizer step on each of {training_args.world_size} processes = "
+        f"{training_args.gradient_accumulation_steps:,} × {training_args.per_device_train_batch_size} completions"
+    )
+    print(f"retriever {retriever.config}, prompt set {prompt_set.hash} ({prompt_set.kind})")
+    print(
+        f"first group: 1 query prompt and {len(documents)} document prompts, {num_cut} of them cut to "
+        f"{prompt_set.max_document_tokens} tokens"
+    )
+    print(f"first query prompt: {prompt_set.prompt('query', query, tokenizer)}")

@@ -1,0 +1,161 @@
+"""
+Shows what the quickstart's training did to retrieval on the held-out test queries.
+
+python scripts/quickstart_report.py --output_dir runs/quickstart
+
+Augments the test queries and the corpus with the untrained and the trained policy, retrieves with and without, and
+writes `metrics.json`, `reward.png` and one evaluation folder a system.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from coaug_trl import Augmenter, BM25Retriever, Collection, PromptSet
+from coaug_trl.augment import AugmentedCollection
+from coaug_trl.data import vocabulary_gap
+from coaug_trl.evaluation import compare, evaluate_run, save_evaluation
+from coaug_trl.files import write_json
+from coaug_trl.policy import GenerationSettings, PolicySettings, package_versions
+
+
+MEASURE = "nDCG@10"
+SIDES = {"queries only": ["query"], "documents only": ["document"], "both": ["query", "document"]}
+
+
+def retrieve(queries: dict[str, str], documents: list, k: int = 1000) -> dict[str, dict[str, float]]:
+    """Indexes documents with BM25 and searches them."""
+    retriever = BM25Retriever()
+    retriever.index(documents)
+    return {id_: dict(hits) for id_, hits in zip(queries, retriever.search(list(queries.values()), k), strict=True)}
+
+
+def evaluate_policy(name: str, augmenter: Augmenter, collection: Collection, output_dir: Path) -> dict[str, dict]:
+    """Augments with a policy and measures each combination of sides; returns the values per query."""
+    folder = output_dir / "augmentations" / name
+    augmenter.augment_collection(collection, folder)
+    per_query = {}
+    for label, sides in SIDES.items():
+        augmented = AugmentedCollection.load(folder, sides)
+        run = retrieve(augmented.queries(collection), augmented.documents(collection))
+        manifest = {
+            "policy": name,
+            "augmented_sides": sides,
+            "retriever": BM25Retriever().config,
+            "augmentations": augmented.manifest,
+            "versions": package_versions(),
+        }
+        save_evaluation(output_dir / "evaluations" / f"{name}-{label.replace(' ', '-')}", run, collection.qrels, manifest)
+        per_query[label] = {id_: values[MEASURE] for id_, values in evaluate_run(collection.qrels, run)[1].items()}
+    return per_query
+
+
+def ceiling(collection: Collection, prompt_set: PromptSet) -> float:
+    """nDCG@10 when every text is given one agreed term for each of its concepts."""
+    answer = vocabulary_gap.canonical_answer
+    queries = {id_: prompt_set.compose_query(collection.queries[id_], answer(collection.queries[id_])) for id_ in collection.qrels}
+    documents = [prompt_set.compose_document(document, answer(document.text)) for document in collection.corpus.values()]
+    return evaluate_run(collection.qrels, retrieve(queries, documents), [MEASURE])[0][MEASURE]
+
+
+def plot_rewards(history: list[dict], path: Path) -> None:
+    """Draws reward by text type over the optimizer steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for text_type, label in (("query", "queries"), ("relevant", "relevant documents"), ("irrelevant", "irrelevant documents")):
+        points = [(entry["step"], entry[f"{text_type}/reward"]) for entry in history if f"{text_type}/reward" in entry]
+        axes.plot(*zip(*points, strict=True), label=label)
+    evaluations = [(entry["step"], entry[f"eval_{MEASURE}"]) for entry in history if f"eval_{MEASURE}" in entry]
+    if evaluations:
+        axes.plot(*zip(*evaluations, strict=True), "ko--", markersize=4, label="dev nDCG@10, greedy, full corpus")
+    axes.set(xlabel="optimizer step", ylabel="expected NDCG@10 in the batch", title="Joint reward in training", ylim=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def print_examples(console: Console, collection: Collection, folder: Path, before: dict, after: dict, count: int = 3):
+    """Prints the test queries that gained most, each with its words and those of a relevant document."""
+    untrained = AugmentedCollection.load(folder / "untrained")
+    trained = AugmentedCollection.load(folder / "trained")
+    gains = sorted(before, key=lambda id_: before[id_] - after[id_])
+    for query_id in gains[:count]:
+        document_id = collection.relevant_documents(query_id)[0]
+        console.print(f"\n[bold]{collection.queries[query_id]}[/bold]  ({MEASURE} {before[query_id]:.2f} → {after[query_id]:.2f})")
+        console.print(f"  relevant document: {collection.corpus[document_id].text}")
+        for label, augmented in (("untrained", untrained), ("trained", trained)):
+            query_words = augmented.answers["query"][query_id].split()
+            document_words = augmented.answers["document"][document_id].split()
+            shared = set(query_words) & set(document_words)
+            marked = [
+                " ".join(f"[green]{word}[/green]" if word in shared else word for word in words)
+                for words in (query_words, document_words)
+            ]
+            console.print(f"  {label:>9}  query + {marked[0]}   document + {marked[1]}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"), help="Folder of the quickstart.")
+    output_dir = parser.parse_args().output_dir
+
+    collection = Collection.load("vocabulary-gap", "test")
+    settings = PolicySettings.load(output_dir / "trained")
+    trained = Augmenter.from_pretrained(str(output_dir / "trained"), batch_size=128)
+    untrained = Augmenter.from_pretrained(
+        str(output_dir / "untrained"),
+        settings.prompt_set,
+        GenerationSettings(settings.generation.max_new_tokens, settings.generation.repetition_penalty),
+        batch_size=128,
+    )
+    queries = {id_: collection.queries[id_] for id_ in collection.qrels}
+    none_means, none_values = evaluate_run(collection.qrels, retrieve(queries, list(collection.corpus.values())))
+    systems = {
+        name: evaluate_policy(name, augmenter, collection, output_dir)
+        for name, augmenter in (("untrained", untrained), ("trained", trained))
+    }
+    test = compare(systems["trained"]["both"], systems["untrained"]["both"])
+
+    mean = lambda values: sum(values.values()) / len(values)
+    best = ceiling(collection, settings.prompt_set)
+    metrics = {
+        MEASURE: {"none": none_means[MEASURE], **{name: mean(values["both"]) for name, values in systems.items()}},
+        "by_side": {name: {label: mean(values[label]) for label in SIDES} for name, values in systems.items()},
+        "ceiling": best,
+        "p_value": test["p_t_test"],
+        "comparison": test,
+        "num_queries": test["num_queries"],
+    }
+    write_json(output_dir / "metrics.json", metrics)
+    history = json.loads((output_dir / "trained" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    plot_rewards(history, output_dir / "reward.png")
+
+    console = Console(highlight=False)
+    table = Table(title=f"{MEASURE} on {test['num_queries']} held-out test queries, BM25 over {len(collection.corpus)} documents")
+    table.add_column("augmentation")
+    for label in SIDES:
+        table.add_column(label, justify="right")
+    table.add_row("none", *[f"{none_means[MEASURE]:.3f}"] * 3)
+    for name, values in systems.items():
+        table.add_row(f"{name} policy", *[f"{mean(values[label]):.3f}" for label in SIDES])
+    table.add_row("ceiling (one agreed term a concept)", "", "", f"{best:.3f}")
+    console.print()
+    console.print(table)
+    console.print(
+        f"trained − untrained (both sides): {test['mean_difference']:+.3f}, paired t-test p = {test['p_t_test']:.1g}, "
+        f"randomisation test p = {test['p_randomization']:.1g}; {test['wins']} wins, {test['ties']} ties, "
+        f"{test['losses']} losses"
+    )
+    print_examples(console, collection, output_dir / "augmentations", systems["untrained"]["both"], systems["trained"]["both"])
+    console.print(f"\n{output_dir / 'metrics.json'}, {output_dir / 'reward.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""What the tests share: a small collection of real sentences, and tiny models made here, since no hub is assumed."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import json
+from pathlib import Path
+
+import pytest
+
+
+TOPICS = {
+    "statins": ("cholesterol", "statin tablets", "heart attack"),
+    "gluten": ("coeliac disease", "wheat bread", "stomach pain"),
+    "coffee": ("caffeine", "espresso drinks", "restless sleep"),
+    "sunlight": ("vitamin D", "ultraviolet rays", "brittle bones"),
+    "salt": ("sodium chloride", "salty snacks", "high blood pressure"),
+    "sugar": ("glucose", "sweet lemonade", "tooth decay"),
+    "pollen": ("hay fever", "birch trees", "sneezing fits"),
+    "running": ("endurance exercise", "long jogs", "sore knees"),
+}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_beir_collection(folder: Path) -> Path:
+    """A BEIR folder of 40 documents and 24 queries with train, dev and test splits and graded judgments."""
+    (folder / "qrels").mkdir(parents=True)
+    documents, queries, qrels = [], [], {"train": [], "dev": [], "test": []}
+    for topic, (substance, source, effect) in TOPICS.items():
+        texts = [
+            f"A review of {substance} and its sources, such as {source}, in adult diets.",
+            f"Patients who reported {effect} were asked how often they had {source}.",
+            f"{substance.capitalize()} was measured in two hundred volunteers over one year.",
+            f"Children and {source}: what parents should know about {topic}.",
+            f"No link between {topic} and {effect} was found in this small trial.",
+        ]
+        for number, text in enumerate(texts):
+            documents.append({"_id": f"{topic}-{number}", "title": f"On {topic}", "text": text})
+        for split, question in (
+            ("train", f"does {source} cause {effect}?"),
+            ("dev", f"is {substance} harmful"),
+            ("test", f"{topic} and {effect}"),
+        ):
+            query_id = f"{split}-{topic}"
+            queries.append({"_id": query_id, "text": question})
+            qrels[split] += [(query_id, f"{topic}-{number}", 2 if number == 1 else 1) for number in (0, 1, 4)]
+    for name, rows in (("corpus", documents), ("queries", queries)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for split, rows in qrels.items():
+        lines = ["query-id\tcorpus-id\tscore", *("\t".join(map(str, row)) for row in rows)]
+        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def make_tiny_model(folder: Path, texts: list[str], chat: bool = True, hidden_size: int = 32) -> Path:
+    """A Qwen2 model with random weights and a byte-level tokenizer trained on `texts`."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, vocab_size=600, show_progress=False)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.add_tokens(["<answer>", "</answer>"])
+    tokenizer.padding_side = "left"
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=2 * hidden_size,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def beir_folder(tmp_path_factory) -> Path:
+    return write_beir_collection(tmp_path_factory.mktemp("collections") / "advice")
+
+
+@pytest.fixture(scope="session")
+def collection(beir_folder):
+    from coaug_trl import Collection
+
+    return Collection.load(beir_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, collection) -> Path:
+    """A chat model that often writes `<answer> … </answer>`."""
+    from coaug_trl.prompts import document_text
+
+    texts = [document_text(document) for document in collection.corpus.values()] + list(collection.queries.values())
+    folder = make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", texts * 3)
+    return teach_answers(folder, texts)
+
+
+def teach_answers(folder: Path, texts: list[str], steps: int = 150) -> Path:
+    """Teaches a tiny model to answer any prompt with some words of the collection between the tags."""
+    import random
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from coaug_trl import PromptSet
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    prompt_set = PromptSet("sparse", "query:", "document:")
+    words = sorted({word for text in texts for word in text.split()})
+    draw = random.Random(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(steps):
+        examples = []
+        for text in draw.sample(texts, 16):
+            prompt = prompt_set.prompt(draw.choice(["query", "document"]), text, tokenizer)
+            if tokenizer.chat_template:
+                prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            answer = " ".join(draw.sample(words, 3))
+            examples.append((prompt, f"<answer> {answer}</answer>{tokenizer.eos_token}"))
+        batch = tokenizer([prompt + answer for prompt, answer in examples], return_tensors="pt", padding=True)
+        labels = batch.input_ids.clone()
+        for row, (_, answer) in enumerate(examples):
+            labels[row, : -len(tokenizer(answer).input_ids)] = -100
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return folder

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from .data import Collection, Document
 from .errors import InputError
-from .files import atomic_open, write_json, write_jsonl
+from .files import write_json, write_jsonl
 from .policy import GenerationSettings, PolicySettings, package_versions
-from .prompts import PromptSet, document_text, extract_answer
+from .prompts import PromptSet, document_text, extract_answer, has_answer
 
 
 MANIFEST = "manifest.json"
@@ -24,6 +24,9 @@ SIDES = ("query", "document")
 FILES = {"query": "queries.jsonl", "document": "documents.jsonl"}
 # What must agree for answers to be used together: resuming, and queries beside documents.
 _IDENTITY = ("model", "revision", "prompt_hash", "generation", "collection")
+# What is written of a text: its answer, and beside it, which text this is the answer to.
+_ANSWER_KEYS = ("_id", "augmentation", "complete")
+_TEXT_KEYS = ("_id", "text_hash", "truncated")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +39,13 @@ class Augmentation:
             The text of its answer, which may be empty.
         complete (`bool`):
             Whether the completion held a whole `<answer>…</answer>`.
+        truncated (`bool`, *optional*, defaults to `False`):
+            Whether the text was cut before the policy read it.
     """
 
     answer: str
     complete: bool
+    truncated: bool = False
 
 
 class Augmenter:
@@ -60,6 +66,9 @@ class Augmenter:
         revision (`str`, *optional*):
             Revision of the model, for the manifest.
 
+    Raises:
+        `InputError`: `batch_size` is less than 1.
+
     Example:
 
     ```python
@@ -78,13 +87,14 @@ class Augmenter:
         name: str | None = None,
         revision: str | None = None,
     ):
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; use at least 1, such as 32.")
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.settings = settings
         self.batch_size = batch_size
         self.name = name or model.name_or_path
         self.revision = revision
-        self.num_truncated = 0
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -124,7 +134,7 @@ class Augmenter:
         try:
             tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, padding_side="left", **kwargs)
             model = AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype="auto", **kwargs)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a folder without a model, or with an unknown one
             raise InputError(f"{model_name_or_path}: no model could be loaded from there: {error}") from None
         if torch.cuda.is_available():
             model = model.to("cuda")
@@ -145,22 +155,21 @@ class Augmenter:
         Returns:
             `list[Augmentation]`: one for each text.
         """
+        prompt_set, tokenizer = self.settings.prompt_set, self.tokenizer
         augmentations = []
         for first in range(0, len(texts), self.batch_size):
-            completions = self._complete(side, texts[first : first + self.batch_size])
+            batch = texts[first : first + self.batch_size]
+            read = prompt_set.truncate(batch, tokenizer)[0] if side == "document" else batch
+            completions = self._complete([prompt_set.prompt(side, text, tokenizer) for text in read])
             augmentations += [
-                Augmentation(extract_answer(completion), "</answer>" in completion and "<answer>" in completion)
-                for completion in completions
+                Augmentation(extract_answer(completion), has_answer(completion), truncated=cut != text)
+                for completion, text, cut in zip(completions, batch, read, strict=True)
             ]
         return augmentations
 
     @torch.inference_mode()
-    def _complete(self, side: str, texts: list[str]) -> list[str]:
-        prompt_set, tokenizer = self.settings.prompt_set, self.tokenizer
-        if side == "document":
-            texts, num_cut = prompt_set.truncate(texts, tokenizer)
-            self.num_truncated += num_cut
-        prompts = [prompt_set.prompt(side, text, tokenizer) for text in texts]
+    def _complete(self, prompts: list[list[dict[str, str]] | str]) -> list[str]:
+        tokenizer = self.tokenizer
         if tokenizer.chat_template:
             prompts = [
                 tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) for prompt in prompts
@@ -169,6 +178,9 @@ class Augmenter:
         else:
             inputs = tokenizer(prompts, return_tensors="pt", padding=True)
         inputs = inputs.to(self.model.device)
+        # The repetition penalty reads the padding, which is often the token that ends a completion. A token of the
+        # prompt in its place keeps an answer from depending on the other texts of its batch.
+        inputs["input_ids"] = inputs["input_ids"].where(inputs["attention_mask"].bool(), inputs["input_ids"][:, -1:])
         # All sampling settings are given, since the model's own generation_config may hold others.
         output = self.model.generate(
             input_ids=inputs["input_ids"],
@@ -189,13 +201,15 @@ class Augmenter:
         Augments a collection's judged queries, its documents, or both, into a folder.
 
         What is done is written down batch by batch. Called again after an interruption, it goes on where it stopped;
-        called again when all is done, it does nothing.
+        called again when all is done, it generates only for texts that are new or have changed. Queries of several
+        splits may share a folder.
 
         Args:
             collection ([`~coaug_trl.Collection`]):
                 Where the texts come from; of the queries, those judged in its split.
             output_dir (`str` or `Path`):
-                The folder: `queries.jsonl`, `documents.jsonl`, `prompt_set.yaml`, `manifest.json`.
+                The folder: `queries.jsonl`, `documents.jsonl`, `prompt_set.yaml`, `manifest.json`; which text an
+                answer belongs to is kept in `queries.texts.jsonl` and `documents.texts.jsonl`.
             sides (`Iterable[str]`, *optional*, defaults to `("query", "document")`):
                 `"query"`, `"document"` or both.
 
@@ -203,7 +217,8 @@ class Augmenter:
             `dict`: the manifest.
 
         Raises:
-            `InputError`: The folder holds augmentations of another model, prompt set or collection.
+            `InputError`: The folder holds augmentations of another model, prompt set or collection, or a damaged
+                file.
         """
         output_dir = Path(output_dir)
         manifest = {
@@ -223,25 +238,26 @@ class Augmenter:
         self.settings.prompt_set.save(output_dir)
         write_json(output_dir / MANIFEST, manifest)
         for side in sides:
-            texts = side_texts(collection, side)
-            manifest["sides"][side] = self._augment_side(side, texts, output_dir)
+            splits = manifest["sides"].get(side, {}).get("splits", [])
+            manifest["sides"][side] = self._augment_side(side, side_texts(collection, side), output_dir)
             if side == "query":
-                manifest["sides"][side]["split"] = collection.split
+                manifest["sides"][side]["splits"] = sorted({*splits, collection.split})
             write_json(output_dir / MANIFEST, manifest)
         return manifest
 
     def _augment_side(self, side: str, texts: dict[str, str], output_dir: Path) -> dict[str, Any]:
         path = output_dir / FILES[side]
-        partial = path.with_suffix(".partial.jsonl")
+        texts_path, partial = path.with_suffix(".texts.jsonl"), path.with_suffix(".partial.jsonl")
         text_hash = {id_: hashlib.sha256(text.encode()).hexdigest()[:16] for id_, text in texts.items()}
-        done = {
-            row["_id"]: row
-            for row in [*_read_whole_lines(path), *_read_whole_lines(partial)]
-            if text_hash.get(row["_id"]) == row.get("text_hash", text_hash.get(row["_id"]))
-        }
-        # Texts of like length make batches with little padding.
-        todo = sorted((id_ for id_ in texts if id_ not in done), key=lambda id_: len(texts[id_]))
         _drop_torn_line(partial)
+        answered = {row["_id"]: row for row in _read_rows(texts_path, _TEXT_KEYS)}
+        done = {row["_id"]: answered[row["_id"]] | row for row in _read_rows(path) if row["_id"] in answered}
+        done |= {row["_id"]: row for row in _read_rows(partial, _ANSWER_KEYS + _TEXT_KEYS)}
+        # Texts of like length make batches with little padding.
+        todo = sorted(
+            (id_ for id_ in texts if id_ not in done or done[id_]["text_hash"] != text_hash[id_]),
+            key=lambda id_: len(texts[id_]),
+        )
         with (
             open(partial, "a", encoding="utf-8") as file,
             tqdm(total=len(texts), initial=len(texts) - len(todo), desc=f"Augmenting {FILES[side][:-6]}") as progress,
@@ -249,19 +265,27 @@ class Augmenter:
             for first in range(0, len(todo), self.batch_size):
                 ids = todo[first : first + self.batch_size]
                 for id_, augmentation in zip(ids, self.generate(side, [texts[id_] for id_ in ids]), strict=True):
-                    row = {"_id": id_, "augmentation": augmentation.answer, "complete": augmentation.complete}
-                    done[id_] = row
-                    file.write(json.dumps({**row, "text_hash": text_hash[id_]}, ensure_ascii=False) + "\n")
+                    done[id_] = {
+                        "_id": id_,
+                        "augmentation": augmentation.answer,
+                        "complete": augmentation.complete,
+                        "text_hash": text_hash[id_],
+                        "truncated": augmentation.truncated,
+                    }
+                    file.write(json.dumps(done[id_], ensure_ascii=False) + "\n")
                 file.flush()
                 progress.update(len(ids))
-        rows = [{key: done[id_][key] for key in ("_id", "augmentation", "complete")} for id_ in texts]
-        write_jsonl(path, rows)
+        # Queries of other splits stay; a document that has left the corpus goes.
+        others = [row for id_, row in done.items() if id_ not in texts] if side == "query" else []
+        rows = [done[id_] for id_ in texts] + others
+        write_jsonl(texts_path, ({key: row[key] for key in _TEXT_KEYS} for row in rows))
+        write_jsonl(path, ({key: row[key] for key in _ANSWER_KEYS} for row in rows))
         partial.unlink()
         return {
             "texts": len(rows),
             "empty": sum(not row["augmentation"] for row in rows),
             "incomplete": sum(not row["complete"] for row in rows),
-            "truncated": self.num_truncated if side == "document" else 0,
+            "truncated": sum(row["truncated"] for row in rows),
         }
 
 
@@ -289,7 +313,8 @@ class AugmentedCollection:
         Reads a folder of augmentations.
 
         Raises:
-            `InputError`: The folder holds no finished augmentations of one of `sides`, or a damaged line.
+            `InputError`: The folder holds no finished augmentations of any of `sides`, has begun one and not finished
+                it, or a file is damaged or was changed.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
@@ -299,10 +324,19 @@ class AugmentedCollection:
         for side in sides:
             path = folder / FILES[side]
             if path.is_file():
-                answers[side] = dict(_read_answers(path))
+                answers[side] = {row["_id"]: row["augmentation"] for row in _read_rows(path)}
+            elif path.with_suffix(".partial.jsonl").is_file():
+                raise InputError(f"{path} was begun but not finished; run coaug augment again to go on.")
         if not answers:
-            raise InputError(f"{folder}: augmentations were begun but not finished; run coaug augment again to go on.")
-        return cls(PromptSet.load(folder), manifest, answers)
+            wanted = " or ".join(FILES[side] for side in sides)
+            raise InputError(f"{folder}: there is no {wanted} yet; make them with coaug augment.")
+        prompt_set = PromptSet.load(folder)
+        if prompt_set.hash != manifest["prompt_hash"]:
+            raise InputError(
+                f"{folder}: the prompt set has the hash {prompt_set.hash}, but the augmentations were made with "
+                f"{manifest['prompt_hash']}; restore its file, or augment again into another folder."
+            )
+        return cls(prompt_set, manifest, answers)
 
     def queries(self, collection: Collection) -> dict[str, str]:
         """Texts to search for the judged queries, by id."""
@@ -341,9 +375,17 @@ def side_texts(collection: Collection, side: str) -> dict[str, str]:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
-    """The manifest of a folder, `None` if there is none."""
+    """The manifest of a folder, `None` if there is none; an `InputError` if it is not one of augmentations."""
     path = Path(folder) / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); restore it, or augment again into another folder.") from None
+    if not isinstance(manifest, dict) or not manifest.keys() >= {*_IDENTITY, "retriever", "sides"}:
+        raise InputError(f"{path}: not the manifest of augmentations; choose another folder.")
+    return manifest
 
 
 def _settings_for(
@@ -374,25 +416,23 @@ def _refuse_mixture(folder: Path, previous: dict[str, Any], manifest: dict[str, 
             )
 
 
-def _read_answers(path: Path) -> Iterator[tuple[str, str]]:
-    with open(path, encoding="utf-8") as file:
+def _read_rows(path: Path, keys: Iterable[str] = _ANSWER_KEYS) -> Iterator[dict[str, Any]]:
+    """The rows of a file of this module; none if there is no such file."""
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)
-                yield row["_id"], row["augmentation"]
-            except (json.JSONDecodeError, KeyError, TypeError):
+                if not isinstance(row["_id"], str) or not isinstance(row.get("augmentation", ""), str):
+                    raise TypeError
+                row = {key: row[key] for key in keys}
+            except (ValueError, KeyError, TypeError):
                 raise InputError(
-                    f'{path}, line {number}: not a row {{"_id", "augmentation", "complete"}}; mend or delete it and '
-                    "run coaug augment again."
+                    f"{path}, line {number}: not a row of {', '.join(keys)}; mend or delete it and run coaug augment "
+                    "again."
                 ) from None
-
-
-def _read_whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    if path.is_file():
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                if line.endswith("\n"):
-                    yield json.loads(line)
+            yield row
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -36,6 +36,11 @@ def run_command(command: Callable[[], None]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None:  # not about a file the user named
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on", file=sys.stderr)
         return 130
@@ -146,13 +151,18 @@ def _evaluate(options: argparse.Namespace) -> None:
         augmented = AugmentedCollection.load(options.augmentations, _sides(options.side))
         trained_with = augmented.manifest["retriever"]
     # What the policy was trained for is the default, and nothing else is accepted.
-    settings = {name: value for name, value in trained_with.items() if name != "retriever"} | given
-    retriever = BM25Retriever(**settings)
-    if trained_with and retriever.config != trained_with:
+    settings = {"retriever": options.retriever} | trained_with | given
+    if trained_with and settings != trained_with:
         raise InputError(
-            f"{options.augmentations} was made by a policy trained for {trained_with}, not for {retriever.config}; "
+            f"{options.augmentations} was made by a policy trained for {trained_with}, not for {settings}; "
             "leave the retriever's settings out, or augment with an untrained model."
         )
+    if settings.pop("retriever") != options.retriever:
+        raise InputError(
+            f"{options.augmentations} was made by a policy trained for {trained_with}, and the retriever is "
+            f"{options.retriever}; use the one it was trained for."
+        )
+    retriever = BM25Retriever(**settings)
     if augmented and augmented.prompt_set.kind != retriever.kind:
         raise InputError(
             f"{options.augmentations} was made with prompts for {augmented.prompt_set.kind} retrievers, and the "

@@ -133,9 +133,15 @@ class CoAugConfig(GRPOConfig):
     )
 
     def __post_init__(self):
+        num_processes = int(os.environ.get("WORLD_SIZE", 1))
         self._validate()
-        self._derive_batches(num_processes=int(os.environ.get("WORLD_SIZE", 1)))
+        self._derive_batches(num_processes)
         super().__post_init__()
+        if self.world_size != num_processes:
+            raise ValueError(
+                f"{num_processes} processes were launched, but each would train alone: there is no GPU for them and "
+                f"use_cpu is {self.use_cpu}; set use_cpu to true."
+            )
 
     @property
     def rows_per_group(self) -> int:
@@ -152,11 +158,18 @@ class CoAugConfig(GRPOConfig):
         return (
             f"1 generation batch = {self.groups_per_batch} groups × {self.rows_per_group} texts × "
             f"{self.num_generations} rollouts = {self.generation_batch_size:,} completions, "
-            f"{self.updates_per_batch} optimizer steps"
+            f"{self.updates_per_batch} optimizer step{'s' if self.updates_per_batch > 1 else ''}"
         )
 
     def _validate(self):
-        for name in ("queries_per_group", "num_relevant", "groups_per_batch", "updates_per_batch", "ndcg_k"):
+        for name in (
+            "queries_per_group",
+            "num_relevant",
+            "groups_per_batch",
+            "updates_per_batch",
+            "per_device_train_batch_size",
+            "ndcg_k",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use at least 1.")
         for name, choices in (
@@ -223,7 +236,8 @@ class CoAugConfig(GRPOConfig):
                 "trainer's do not, and the correction would scale almost every sequence's loss to 0. Set "
                 "vllm_importance_sampling_correction to False."
             )
-        if self.use_transformers_continuous_batching and self.repetition_penalty != 1.0:
+        continuous_batching = self.use_transformers_continuous_batching or self.use_transformers_paged
+        if continuous_batching and self.repetition_penalty != 1.0:
             raise ValueError(
                 f"repetition_penalty is {self.repetition_penalty} with use_transformers_continuous_batching, which "
                 "silently drops it. Set repetition_penalty to 1.0, or use vLLM or plain generation."

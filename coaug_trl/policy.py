@@ -25,10 +25,19 @@ class GenerationSettings:
             Longest completion, in tokens.
         repetition_penalty (`float`, *optional*, defaults to `1.2`):
             As in training; 1.0 is none.
+
+    Raises:
+        `InputError`: A value that cannot work.
     """
 
     max_new_tokens: int = 512
     repetition_penalty: float = 1.2
+
+    def __post_init__(self):
+        if self.max_new_tokens is None or self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {self.max_new_tokens}; use at least 1, such as 512.")
+        if not self.repetition_penalty > 0:
+            raise InputError(f"repetition_penalty is {self.repetition_penalty}; use a positive number, 1.0 for none.")
 
 
 @dataclass(frozen=True)
@@ -66,19 +75,24 @@ class PolicySettings:
         Reads the settings of a model folder; `None` if there are none, as for a model that was not trained here.
 
         Raises:
-            `InputError`: The files of the folder do not belong together.
+            `InputError`: The files of the folder are damaged or do not belong together.
         """
         path = Path(folder) / POLICY_FILE
         if not path.is_file():
             return None
-        content = json.loads(path.read_text(encoding="utf-8"))
         prompt_set = PromptSet.load(Path(folder))
-        if prompt_set.hash != content["prompt_hash"]:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            prompt_hash, retriever = content["prompt_hash"], content["retriever"]
+            generation = GenerationSettings(**content["generation"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: not the settings of a policy ({error!r}); restore the file.") from None
+        if prompt_set.hash != prompt_hash:
             raise InputError(
                 f"{folder}: {PROMPT_SET_FILE} has the hash {prompt_set.hash}, but the policy was trained with "
-                f"{content['prompt_hash']}. Restore the file, or train with the new prompt set."
+                f"{prompt_hash}. Restore the file, or train with the new prompt set."
             )
-        return cls(prompt_set, GenerationSettings(**content["generation"]), content["retriever"])
+        return cls(prompt_set, generation, retriever)
 
 
 def package_versions() -> dict[str, str]:

@@ -34,6 +34,11 @@ def extract_answer(completion: str) -> str:
     return answers[-1].strip() if answers else ""
 
 
+def has_answer(completion: str) -> bool:
+    """Whether a completion holds a complete `<answer>…</answer>`, be it empty."""
+    return _ANSWER.search(completion) is not None
+
+
 @dataclass(frozen=True)
 class PromptSet:
     """
@@ -90,7 +95,7 @@ class PromptSet:
         Reads a prompt set from a YAML file, or from a checkpoint folder that holds one.
 
         Raises:
-            `InputError`: The file is missing, is not a YAML mapping, or has unknown or missing fields.
+            `InputError`: The file is missing, is not a YAML mapping, or has unknown, missing or impossible fields.
         """
         if isinstance(path, str):
             path = Path(path)
@@ -104,12 +109,15 @@ class PromptSet:
             raise InputError(f"{path}: not a YAML file: {error}") from None
         names = [field.name for field in fields(cls)]
         if not isinstance(content, dict) or not set(content) <= set(names):
-            unknown = sorted(set(content) - set(names)) if isinstance(content, dict) else content
+            unknown = sorted(map(str, set(content) - set(names))) if isinstance(content, dict) else content
             raise InputError(f"{path}: unknown content {unknown!r}; a prompt set has the fields {', '.join(names)}.")
         missing = {"kind", "query", "document"} - set(content)
         if missing:
             raise InputError(f"{path}: {', '.join(sorted(missing))} is missing.")
-        return cls(**content)
+        try:
+            return cls(**content)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
 
     def save(self, folder: str | Path) -> None:
         """Writes the prompt set into a folder, as `prompt_set.yaml`."""

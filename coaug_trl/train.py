@@ -1,8 +1,10 @@
 """Training from a recipe: what `coaug train` and `accelerate launch scripts/train.py` run."""
 
+import difflib
 import logging
+import sys
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
@@ -10,7 +12,7 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 from transformers import AutoTokenizer, ProgressCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import ModelConfig, TrlParser, get_kbit_device_map, get_peft_config, get_quantization_config
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from .config import CoAugConfig
 from .data import Collection
@@ -85,8 +87,8 @@ def main(arguments: list[str] | None = None) -> None:
     Raises:
         `InputError`: A setting or an input file has to be mended.
     """
-    script_args, training_args, model_args = parse_arguments(arguments)
     set_up_logging()
+    script_args, training_args, model_args = parse_arguments(arguments)
     set_seed(training_args.seed)
 
     ###########
@@ -112,12 +114,10 @@ def main(arguments: list[str] | None = None) -> None:
     ###########
     # Model and trainer
     ###########
-    quantization_config = get_quantization_config(model_args)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
-        **({"device_map": get_kbit_device_map()} if quantization_config is not None else {}),
         **(training_args.model_init_kwargs or {}),
     }
     trainer = CoAugTrainer(
@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
         eval_collection=eval_collection,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
-        quantization_config=quantization_config,
+        quantization_config=get_quantization_config(model_args),
     )
     if not training_args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
@@ -185,14 +185,28 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[CoAugScriptArgu
     Raises:
         `InputError`: The recipe is not there or not YAML, or a setting has a value that cannot work.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = TrlParser((CoAugScriptArguments, CoAugConfig, ModelConfig), prog="coaug train")
     try:
+        if "--config" in arguments[:-1]:
+            _refuse_unknown_fields(arguments[arguments.index("--config") + 1], parser)
         script_args, training_args, model_args = parser.parse_args_and_config(arguments)
     except (OSError, yaml.YAMLError, ValueError) as error:
         raise InputError(str(error)) from None
     if model_args.model_name_or_path is None:
         raise InputError("model_name_or_path is missing; give a folder or a Hub id, such as Qwen/Qwen2.5-0.5B-Instruct.")
     return script_args, training_args, model_args
+
+
+def _refuse_unknown_fields(recipe: str, parser: TrlParser) -> None:
+    """TRL's parser finds a misspelt field only after the values of the others, which may make no sense without it."""
+    content = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+    known = {field.name for dataclass_type in parser.dataclass_types for field in fields(dataclass_type)} | {"env"}
+    for name in content if isinstance(content, dict) else ():
+        if name not in known:
+            similar = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {similar[0]}?" if similar else ""
+            raise InputError(f"{recipe}: there is no field {name!r}{hint} (see coaug train --help)")
 
 
 def load_tokenizer(training_args: CoAugConfig, model_args: ModelConfig):

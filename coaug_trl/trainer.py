@@ -21,6 +21,7 @@ from trl import GRPOTrainer
 from .config import CoAugConfig
 from .data import Collection, Document
 from .distributed import merge_shares, own_share
+from .errors import InputError
 from .evaluation import evaluate_run
 from .files import write_json
 from .groups import TEXT_TYPES, CompositeGroups, Group, GroupCollator, GroupSampler
@@ -71,7 +72,7 @@ class CoAugTrainer(GRPOTrainer):
             Further arguments of [`trl.GRPOTrainer`], such as `quantization_config` or `optimizers`.
 
     Raises:
-        `ValueError`: Prompt set and retriever do not match, or the settings would train on nothing.
+        `InputError`: Prompt set and retriever do not match, or the settings would train on nothing.
     """
 
     _tag_names = ["trl", "coaug"]
@@ -98,7 +99,7 @@ class CoAugTrainer(GRPOTrainer):
     ):
         prompt_set = prompt_set or PromptSet.default(retriever.kind)
         if prompt_set.kind != retriever.kind:
-            raise ValueError(
+            raise InputError(
                 f"The prompt set is for {prompt_set.kind} retrievers and the retriever is {retriever.kind}; use "
                 f"PromptSet.default({retriever.kind!r}) or one of your own of that kind."
             )
@@ -115,7 +116,6 @@ class CoAugTrainer(GRPOTrainer):
             seed=args.seed,
         )
         retriever.fit(list(train_collection.corpus.values()))
-        self._num_truncated = 0
         # The settings are saved whenever the model is, which the base class may do while it is constructed.
         self.settings = PolicySettings(
             prompt_set, GenerationSettings(args.max_completion_length, args.repetition_penalty), retriever.config
@@ -154,7 +154,7 @@ class CoAugTrainer(GRPOTrainer):
             if parameter.requires_grad and parameter.dtype == torch.bfloat16
         ]
         if low_precision and self.args.learning_rate < 1e-5:
-            raise ValueError(
+            raise InputError(
                 f"learning_rate is {self.args.learning_rate} and {len(low_precision)} trained parameters are bfloat16: "
                 "nearly all updates would round to nothing. Load the model in float32 (dtype: float32; bf16: true "
                 "still computes in bfloat16), or set learning_rate to at least 1e-5."
@@ -171,8 +171,11 @@ class CoAugTrainer(GRPOTrainer):
             groups, self._completions_per_group, repeat_count, lambda: self.state.global_step // steps_per_epoch
         )
 
-    def _rows(self, groups: list[Group]) -> list[dict[str, Any]]:
-        """One row a completion, as TRL expects it: a prompt, and columns for the reward functions."""
+    def _rows(self, groups: list[Group]) -> tuple[list[dict[str, Any]], int]:
+        """
+        One row a completion, as TRL expects it: a prompt, and columns for the reward functions; and how many documents
+        were cut.
+        """
         rows = [
             {"group": group, "text_type": text_type, "text_id": text_id}
             for group in groups
@@ -184,20 +187,23 @@ class CoAugTrainer(GRPOTrainer):
             queries[row["text_id"]] if side == "query" else document_text(corpus[row["text_id"]])
             for row, side in zip(rows, sides, strict=True)
         ]
-        for row, prompt in zip(rows, self._prompts(sides, texts), strict=True):
+        prompts, num_cut = self._prompts(sides, texts)
+        for row, prompt in zip(rows, prompts, strict=True):
             row["prompt"] = prompt
-        return [row for row in rows for _ in range(self.num_generations)]
+        return [row for row in rows for _ in range(self.num_generations)], num_cut
 
-    def _prompts(self, sides: list[str], texts: list[str]) -> list[Any]:
+    def _prompts(self, sides: list[str], texts: list[str]) -> tuple[list[Any], int]:
+        """Prompts, and how many documents were cut for them."""
         tokenizer = self._tokenizer
         texts = list(texts)
+        num_cut = 0
         places = [place for place, side in enumerate(sides) if side == "document"]
         if places:
             cut, num_cut = self.prompt_set.truncate([texts[place] for place in places], tokenizer)
             for place, text in zip(places, cut, strict=True):
                 texts[place] = text
-            self._num_truncated += num_cut
-        return [self.prompt_set.prompt(side, text, tokenizer) for side, text in zip(sides, texts, strict=True)]
+        prompts = [self.prompt_set.prompt(side, text, tokenizer) for side, text in zip(sides, texts, strict=True)]
+        return prompts, num_cut
 
     # Rewards and advantages
 
@@ -206,7 +212,8 @@ class CoAugTrainer(GRPOTrainer):
         return self._rewards_per_func
 
     def _generate_and_score_completions(self, inputs: list[Group]) -> dict[str, torch.Tensor | Any]:
-        output = super()._generate_and_score_completions(self._rows(inputs))
+        rows, num_cut = self._rows(inputs)
+        output = super()._generate_and_score_completions(rows)
         # What the joint reward logged of this generation batch, gathered over processes in their order.
         columns = self._logs["extra"]
         rewards = (self._rewards_per_func * self.reward_weights.to(self._rewards_per_func.device)).nansum(dim=1)
@@ -221,13 +228,13 @@ class CoAugTrainer(GRPOTrainer):
         self._logs["advantages"].clear()
         self._logs["advantages"].extend(advantages.tolist())
         self._log_text_types(rewards, advantages, self._clipped(output), columns)
-        if self._num_truncated:
-            logger.info(
-                f"{self._num_truncated} documents of this generation batch were cut to "
-                f"{self.prompt_set.max_document_tokens} tokens"
-            )
-            self._num_truncated = 0
+        num_cut = self.accelerator.gather(torch.tensor([num_cut], device=advantages.device)).sum().item()
+        self._log_cut(num_cut, "this generation batch")
         return output
+
+    def _log_cut(self, num_cut: int, where: str):
+        if num_cut:
+            logger.info(f"{num_cut} documents of {where} were cut to {self.prompt_set.max_document_tokens} tokens")
 
     def _clipped(self, output: dict[str, torch.Tensor]) -> torch.Tensor:
         """Whether each completion of the generation batch, over all processes, reached the longest length."""
@@ -262,7 +269,9 @@ class CoAugTrainer(GRPOTrainer):
     def _greedy_generation(self):
         """TRL's own generation, but greedy: the settings a trained policy is used with."""
         if self.use_vllm:
-            sampling = {name: getattr(self.vllm_generation, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+            sampling = {
+                name: getattr(self.vllm_generation, name) for name in ("temperature", "top_p", "top_k", "min_p")
+            }
             for name, value in {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": None}.items():
                 setattr(self.vllm_generation, name, value)
             try:
@@ -294,7 +303,9 @@ class CoAugTrainer(GRPOTrainer):
             `list[str]`: one answer a text, empty where there was none.
         """
         by_length = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-        prompts = own_share(self._prompts([side] * len(texts), [texts[index] for index in by_length]))
+        prompts, num_cut = self._prompts([side] * len(texts), [texts[index] for index in by_length])
+        self._log_cut(num_cut, "the dev collection")
+        prompts = own_share(prompts)
         answers = []
         batch_size = self.args.per_device_eval_batch_size
         with self._greedy_generation():
@@ -374,10 +385,12 @@ class CoAugTrainer(GRPOTrainer):
         # Before the base class, whose trainer_state.json comes last and marks the checkpoint as whole.
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
-        if self._step % (self.args.steps_per_generation * self.num_iterations):
+        step = self._step % (self.args.steps_per_generation * self.num_iterations)
+        if step:
             self._save_rollouts(folder)
         if self.args.should_save:
-            write_json(folder / STATE_FILE, {"step": self._step, "retriever_state": self.retriever.state()})
+            state = {"step": step, "batch": self._batch_arithmetic(), "retriever_state": self.retriever.state()}
+            write_json(folder / STATE_FILE, state)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
 
@@ -385,9 +398,20 @@ class CoAugTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (Path(checkpoint) / STATE_FILE).is_file():
             state = json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8"))
-            self._step = state["step"]
             self.retriever.load_state(state["retriever_state"])
-            self._load_rollouts(Path(checkpoint))
+            self._step = state["step"]
+            if self._step:
+                if state["batch"] != self._batch_arithmetic():
+                    raise InputError(
+                        f"{checkpoint} was saved within a generation batch of {state['batch']}, which cannot go on as "
+                        f"one of {self._batch_arithmetic()}. Resume with the same settings and number of processes, "
+                        "or from a checkpoint at the end of a generation batch."
+                    )
+                self._load_rollouts(Path(checkpoint))
+
+    def _batch_arithmetic(self) -> dict[str, int]:
+        names = ("world_size", "generation_batch_size", "steps_per_generation", "num_iterations")
+        return {name: getattr(self.args, name) for name in names}
 
     def _rollouts_path(self, folder: Path) -> Path:
         return folder / f"rollouts_{self.accelerator.process_index}.safetensors"
@@ -406,7 +430,7 @@ class CoAugTrainer(GRPOTrainer):
     def _load_rollouts(self, checkpoint: Path) -> None:
         path = self._rollouts_path(checkpoint)
         if not path.is_file():
-            return
+            raise InputError(f"{checkpoint} lacks {path.name}, the rollouts it was training on; resume from another.")
         slices = defaultdict(dict)
         for key, value in load_file(path, device=str(self.accelerator.device)).items():
             index, name = key.split(".", 1)

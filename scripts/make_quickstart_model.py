@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from coaug_trl import Collection, PromptSet
 from coaug_trl.data import vocabulary_gap
@@ -95,6 +96,7 @@ def main():
     parser.add_argument("--seed", type=int, default=42, help="Seed.")
     arguments = parser.parse_args()
     set_seed(arguments.seed)
+    disable_progress_bar()
     prompt_set = PromptSet.load(PROMPT_SET)
     tokenizer = make_tokenizer(prompt_set)
     model = make_model(tokenizer)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from coaug_trl import Augmenter, BM25Retriever, Collection, PromptSet
 from coaug_trl.augment import AugmentedCollection
@@ -62,20 +63,19 @@ def ceiling(collection: Collection, prompt_set: PromptSet) -> float:
 
 
 def plot_rewards(history: list[dict], path: Path) -> None:
-    """Draws reward by text type over the optimizer steps."""
+    """Draws the reward, which has the same mean for all text types, and the dev evaluations."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for text_type, label in (("query", "queries"), ("relevant", "relevant documents"), ("irrelevant", "irrelevant documents")):
-        points = [(entry["step"], entry[f"{text_type}/reward"]) for entry in history if f"{text_type}/reward" in entry]
-        axes.plot(*zip(*points, strict=True), label=label)
+    rewards = [(entry["step"], entry["reward"]) for entry in history if "reward" in entry]
+    axes.plot(*zip(*rewards, strict=True), label="rollouts in training: expected NDCG@10 in the batch")
     evaluations = [(entry["step"], entry[f"eval_{MEASURE}"]) for entry in history if f"eval_{MEASURE}" in entry]
     if evaluations:
-        axes.plot(*zip(*evaluations, strict=True), "ko--", markersize=4, label="dev nDCG@10, greedy, full corpus")
-    axes.set(xlabel="optimizer step", ylabel="expected NDCG@10 in the batch", title="Joint reward in training", ylim=0)
+        axes.plot(*zip(*evaluations, strict=True), "ko--", markersize=4, label="dev split: nDCG@10, greedy, whole corpus")
+    axes.set(xlabel="optimizer step", ylabel="NDCG@10", title="Joint reward in training", ylim=0)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -105,6 +105,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"), help="Folder of the quickstart.")
     output_dir = parser.parse_args().output_dir
+    disable_progress_bar()
 
     collection = Collection.load("vocabulary-gap", "test")
     settings = PolicySettings.load(output_dir / "trained")

@@ -1,0 +1,509 @@
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from coaug_trl import Augmenter, BM25Retriever, Document, InputError, PromptSet
+from coaug_trl.augment import Augmentation, AugmentedCollection, side_texts
+from coaug_trl.policy import GenerationSettings, PolicySettings
+from coaug_trl.prompts import extract_answer
+
+
+PROMPT_SET = PromptSet("sparse", "query:", "document:")
+GENERATION = GenerationSettings(max_new_tokens=24, repetition_penalty=1.2)
+ANSWER_FILES = ("queries.jsonl", "documents.jsonl")
+
+
+@pytest.fixture(scope="module")
+def small(collection):
+    """The dev split's 8 queries, and 12 of the documents."""
+    return replace(collection.with_split("dev"), corpus=dict(list(collection.corpus.items())[:12]))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return AutoModelForCausalLM.from_pretrained(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+class CountingAugmenter(Augmenter):
+    """Counts the texts it generates for, and can be interrupted before a batch as Ctrl-C interrupts."""
+
+    interrupt_at = None
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.generated = []
+
+    def _complete(self, prompts):
+        if self.interrupt_at is not None and len(self.generated) >= self.interrupt_at:
+            raise KeyboardInterrupt
+        self.generated += prompts
+        return super()._complete(prompts)
+
+
+@pytest.fixture
+def make_augmenter(model, tokenizer):
+    def make(prompt_set=PROMPT_SET, generation=GENERATION, **kwargs):
+        kwargs = {"batch_size": 5, "name": "tiny", "revision": "1"} | kwargs
+        return CountingAugmenter(model, tokenizer, PolicySettings(prompt_set, generation), **kwargs)
+
+    return make
+
+
+def read_rows(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def folder_content(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+# Generation
+
+
+def answer_alone(model, tokenizer, side, text):
+    """Plain greedy generation for one text, without any batch."""
+    messages = [{"role": "system", "content": f"{side}:"}, {"role": "user", "content": text}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+    with torch.inference_mode():
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, repetition_penalty=1.2
+        )
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("side", ["query", "document"])
+def test_a_batch_of_different_lengths_gets_the_answers_each_text_gets_alone(
+    make_augmenter, model, tokenizer, small, side
+):
+    texts = [text for each in ("query", "document") for text in side_texts(small, each).values()]
+    texts[3] += " " + " ".join(texts)
+    assert len({len(tokenizer(text).input_ids) for text in texts}) > 5
+    alone = [answer_alone(model, tokenizer, side, text) for text in texts]
+    assert len({extract_answer(completion) for completion in alone}) > 3
+    augmentations = make_augmenter(batch_size=20).generate(side, texts)
+    assert [augmentation.answer for augmentation in augmentations] == [extract_answer(text) for text in alone]
+    assert [augmentation.complete for augmentation in augmentations] == ["</answer>" in text for text in alone]
+
+
+def test_a_completion_does_not_depend_on_its_batch(make_augmenter, small):
+    # Where the padding token also ends a completion, a repetition penalty on the padding would keep it from ending.
+    augmenter = make_augmenter(generation=GenerationSettings(48, repetition_penalty=3.0))
+    prompts = [PROMPT_SET.prompt("query", text, augmenter.tokenizer) for text in small.queries.values()]
+    prompts.append(PROMPT_SET.prompt("query", "a much longer text " * 20, augmenter.tokenizer))
+    assert augmenter.tokenizer.pad_token == augmenter.tokenizer.eos_token
+    assert augmenter._complete(prompts) == [augmenter._complete([prompt])[0] for prompt in prompts]
+
+
+def test_the_models_own_sampling_settings_do_not_matter(make_augmenter, model, small):
+    texts = list(small.queries.values())[:4]
+    greedy = make_augmenter().generate("query", texts)
+    before = model.generation_config.to_dict()
+    try:
+        model.generation_config.update(do_sample=True, temperature=3.0, top_k=5, top_p=0.5, num_beams=3)
+        assert make_augmenter().generate("query", texts) == greedy
+    finally:
+        model.generation_config.update(**before)
+
+
+def test_an_answer_ends_at_the_longest_length(make_augmenter, small):
+    texts = list(small.queries.values())
+    cut_off = make_augmenter(generation=GenerationSettings(max_new_tokens=3)).generate("query", texts)
+    assert cut_off == [Augmentation("", complete=False)] * len(texts)
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("<answer>a</answer>", Augmentation("a", True)),
+        ("<answer></answer>", Augmentation("", True)),
+        ("<answer>a", Augmentation("", False)),
+        ("</answer>a<answer>", Augmentation("", False)),
+        ("<answer>a</answer> <answer>b", Augmentation("a", True)),
+    ],
+)
+def test_an_answer_is_complete_if_its_tags_are(make_augmenter, completion, expected):
+    augmenter = make_augmenter()
+    augmenter._complete = lambda prompts: [completion for _ in prompts]
+    assert augmenter.generate("query", ["text"]) == [expected]
+
+
+def test_the_prompt_of_each_side_is_used(make_augmenter):
+    augmenter = make_augmenter()
+    augmenter.generate("query", ["salt"])
+    augmenter.generate("document", ["salt"])
+    assert [prompt[0]["content"] for prompt in augmenter.generated] == ["query:", "document:"]
+    assert [prompt[1]["content"] for prompt in augmenter.generated] == ["salt", "salt"]
+
+
+def test_long_documents_are_cut_before_the_model_reads_them_and_queries_are_not(make_augmenter, tokenizer):
+    augmenter = make_augmenter(prompt_set=replace(PROMPT_SET, max_document_tokens=4))
+    long, short = "wheat bread and stomach pain", "salt"
+    assert [each.truncated for each in augmenter.generate("document", [long, short])] == [True, False]
+    assert [each.truncated for each in augmenter.generate("query", [long])] == [False]
+    read = [prompt[1]["content"] for prompt in augmenter.generated]
+    assert len(tokenizer(read[0], add_special_tokens=False).input_ids) == 4
+    assert long.startswith(read[0])
+    assert read[1:] == [short, long]
+
+
+def test_a_model_without_a_chat_template_reads_plain_text(model, tiny_model, small):
+    plain = AutoTokenizer.from_pretrained(tiny_model)
+    plain.chat_template = None
+    augmenter = CountingAugmenter(model, plain, PolicySettings(PROMPT_SET, GENERATION))
+    assert len(augmenter.generate("query", list(small.queries.values()))) == len(small.queries)
+    assert augmenter.generated[0] == f"query:\n\n{next(iter(small.queries.values()))}\n\n"
+
+
+def test_sizes_that_cannot_work_are_refused(make_augmenter):
+    with pytest.raises(InputError, match="batch_size is 0; use at least 1"):
+        make_augmenter(batch_size=0)
+    with pytest.raises(InputError, match="max_new_tokens is 0; use at least 1"):
+        GenerationSettings(max_new_tokens=0)
+    with pytest.raises(InputError, match="repetition_penalty is 0.0; use a positive number"):
+        GenerationSettings(repetition_penalty=0.0)
+
+
+# A collection into a folder
+
+
+def test_the_folder_holds_a_row_for_each_text_in_the_collections_order(make_augmenter, small, tmp_path):
+    augmenter = make_augmenter()
+    augmenter.augment_collection(small, tmp_path)
+    for side, name in zip(("query", "document"), ANSWER_FILES, strict=True):
+        texts = side_texts(small, side)
+        rows = read_rows(tmp_path / name)
+        assert [list(row) for row in rows] == [["_id", "augmentation", "complete"]] * len(texts)
+        assert [row["_id"] for row in rows] == list(texts)
+        alone = make_augmenter(batch_size=1).generate(side, list(texts.values()))
+        assert [row["augmentation"] for row in rows] == [augmentation.answer for augmentation in alone]
+        assert [row["complete"] for row in rows] == [augmentation.complete for augmentation in alone]
+    assert not list(tmp_path.glob("*partial*"))
+    assert PromptSet.load(tmp_path) == PROMPT_SET
+
+
+def test_the_manifest_says_where_the_answers_come_from(make_augmenter, small, tmp_path):
+    prompt_set = replace(PROMPT_SET, max_document_tokens=16)
+    manifest = make_augmenter(prompt_set).augment_collection(small, tmp_path)
+    assert manifest == json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["model"] == "tiny"
+    assert manifest["revision"] == "1"
+    assert manifest["prompt_hash"] == prompt_set.hash
+    assert manifest["generation"] == {"max_new_tokens": 24, "repetition_penalty": 1.2}
+    assert manifest["collection"] == "advice"
+    assert {"coaug-trl", "transformers", "torch"} <= set(manifest["versions"])
+    queries, documents = (read_rows(tmp_path / name) for name in ANSWER_FILES)
+    assert manifest["sides"]["query"] == {
+        "texts": 8,
+        "empty": sum(row["augmentation"] == "" for row in queries),
+        "incomplete": sum(not row["complete"] for row in queries),
+        "truncated": 0,
+        "splits": ["dev"],
+    }
+    _, num_cut = prompt_set.truncate(list(side_texts(small, "document").values()), make_augmenter().tokenizer)
+    assert 0 < num_cut < 12
+    assert manifest["sides"]["document"] == {
+        "texts": 12,
+        "empty": sum(row["augmentation"] == "" for row in documents),
+        "incomplete": sum(not row["complete"] for row in documents),
+        "truncated": num_cut,
+    }
+
+
+def test_one_side_can_be_augmented_and_the_other_later(make_augmenter, small, tmp_path):
+    assert list(make_augmenter().augment_collection(small, tmp_path, ["query"])["sides"]) == ["query"]
+    assert not (tmp_path / "documents.jsonl").exists()
+    later = make_augmenter()
+    assert set(later.augment_collection(small, tmp_path, ["document"])["sides"]) == {"query", "document"}
+    assert len(later.generated) == 12
+
+
+@pytest.mark.parametrize("interrupt_at", [0, 5, 8, 13, 18])
+def test_interrupted_work_is_taken_up_where_it_stopped(make_augmenter, small, tmp_path, interrupt_at):
+    prompt_set = replace(PROMPT_SET, max_document_tokens=16)
+    whole = make_augmenter(prompt_set)
+    whole.augment_collection(small, tmp_path / "whole")
+
+    interrupted = make_augmenter(prompt_set)
+    interrupted.interrupt_at = interrupt_at
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.augment_collection(small, tmp_path / "resumed")
+    with pytest.raises(InputError, match="coaug augment"):
+        AugmentedCollection.load(tmp_path / "resumed")
+
+    resumed = make_augmenter(prompt_set)
+    resumed.augment_collection(small, tmp_path / "resumed")
+    assert interrupted.generated + resumed.generated == whole.generated
+    assert folder_content(tmp_path / "resumed") == folder_content(tmp_path / "whole")
+
+
+def test_a_line_torn_by_the_interruption_is_dropped(make_augmenter, small, tmp_path):
+    make_augmenter().augment_collection(small, tmp_path / "whole", ["document"])
+    interrupted = make_augmenter()
+    interrupted.interrupt_at = 5
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.augment_collection(small, tmp_path / "torn", ["document"])
+    partial = tmp_path / "torn" / "documents.partial.jsonl"
+    lines = partial.read_text(encoding="utf-8").splitlines(keepends=True)
+    assert len(lines) == 5
+    partial.write_text("".join(lines[:4]) + lines[4][:-7], encoding="utf-8")
+
+    resumed = make_augmenter()
+    resumed.augment_collection(small, tmp_path / "torn", ["document"])
+    assert len(resumed.generated) == 8
+    assert folder_content(tmp_path / "torn") == folder_content(tmp_path / "whole")
+
+
+def test_a_second_call_changes_nothing(make_augmenter, small, tmp_path):
+    prompt_set = replace(PROMPT_SET, max_document_tokens=16)
+    first = make_augmenter(prompt_set).augment_collection(small, tmp_path)
+    before = folder_content(tmp_path)
+    again = make_augmenter(prompt_set)
+    assert again.augment_collection(small, tmp_path) == first
+    assert again.generated == []
+    assert folder_content(tmp_path) == before
+
+
+def test_only_changed_and_new_texts_are_augmented_again(make_augmenter, small, tmp_path):
+    make_augmenter().augment_collection(small, tmp_path)
+    ids = list(small.corpus)
+    corpus = {id_: small.corpus[id_] for id_ in ids[1:]}
+    corpus[ids[4]] = replace(corpus[ids[4]], text="Rewritten: salty snacks and brittle bones.")
+    corpus["new"] = Document("new", "", "Birch trees and sneezing fits.")
+    changed = replace(small, corpus=corpus)
+
+    augmenter = make_augmenter()
+    augmenter.augment_collection(changed, tmp_path)
+    assert sorted(prompt[1]["content"] for prompt in augmenter.generated) == [
+        "Birch trees and sneezing fits.",
+        "On statins\nRewritten: salty snacks and brittle bones.",
+    ]
+    make_augmenter().augment_collection(changed, tmp_path / "fresh")
+    assert read_rows(tmp_path / "documents.jsonl") == read_rows(tmp_path / "fresh" / "documents.jsonl")
+
+
+def test_queries_of_several_splits_share_a_folder(make_augmenter, collection, small, tmp_path):
+    test_split = replace(collection.with_split("test"), corpus=small.corpus)
+    make_augmenter().augment_collection(small, tmp_path, ["query"])
+    manifest = make_augmenter().augment_collection(test_split, tmp_path, ["query"])
+    assert manifest["sides"]["query"]["splits"] == ["dev", "test"]
+    augmented = AugmentedCollection.load(tmp_path)
+    assert list(augmented.queries(small)) == list(small.qrels)
+    assert list(augmented.queries(test_split)) == list(test_split.qrels)
+    again = make_augmenter()
+    again.augment_collection(small, tmp_path, ["query"])
+    assert again.generated == []
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"name": "another"}, "model 'tiny', and these would have 'another'"),
+        ({"revision": "2"}, "revision '1', and these would have '2'"),
+        ({"prompt_set": replace(PROMPT_SET, query="question:")}, f"prompt_hash '{PROMPT_SET.hash}'"),
+        ({"generation": GenerationSettings(30, 1.2)}, "'max_new_tokens': 30"),
+        ({"generation": GenerationSettings(24, 1.1)}, "'repetition_penalty': 1.1"),
+    ],
+)
+def test_a_folder_does_not_take_answers_of_another_making(make_augmenter, small, tmp_path, other, named):
+    make_augmenter().augment_collection(small, tmp_path, ["query"])
+    before = folder_content(tmp_path)
+    with pytest.raises(InputError) as error:
+        make_augmenter(**other).augment_collection(small, tmp_path)
+    assert str(tmp_path) in str(error.value)
+    assert named in str(error.value)
+    assert "choose another folder" in str(error.value)
+    assert folder_content(tmp_path) == before
+
+
+def test_a_folder_does_not_take_another_collection(make_augmenter, small, tmp_path):
+    make_augmenter().augment_collection(small, tmp_path, ["query"])
+    with pytest.raises(InputError, match="collection 'advice', and these would have 'other'"):
+        make_augmenter().augment_collection(replace(small, name="other"), tmp_path)
+
+
+# A trained policy
+
+
+@pytest.fixture
+def policy(tiny_model, tmp_path):
+    folder = tmp_path / "policy"
+    shutil.copytree(tiny_model, folder)
+    PolicySettings(PROMPT_SET, GENERATION, BM25Retriever(k1=0.9).config).save(folder)
+    return folder
+
+
+def test_a_policy_brings_its_settings(policy, small, tmp_path):
+    augmenter = Augmenter.from_pretrained(str(policy))
+    assert augmenter.settings == PolicySettings(PROMPT_SET, GENERATION, BM25Retriever(k1=0.9).config)
+    manifest = augmenter.augment_collection(small, tmp_path / "augmented", ["query"])
+    assert manifest["model"] == str(policy)
+    assert manifest["retriever"] == {
+        "retriever": "bm25",
+        "k1": 0.9,
+        "b": 0.75,
+        "language": "english",
+        "fields": "flat",
+    }
+    # the same settings, given, are no contradiction
+    assert Augmenter.from_pretrained(str(policy), PROMPT_SET, GENERATION).settings == augmenter.settings
+
+
+def test_settings_that_contradict_a_policys_are_refused(policy):
+    with pytest.raises(
+        InputError, match=f"trained with the prompt set {PROMPT_SET.hash}, not .*leave the prompt set out"
+    ):
+        Augmenter.from_pretrained(str(policy), prompt_set=PromptSet.default())
+    with pytest.raises(
+        InputError, match="max_new_tokens=24.*not.*max_new_tokens=99.*leave the generation settings out"
+    ):
+        Augmenter.from_pretrained(str(policy), generation=GenerationSettings(max_new_tokens=99))
+
+
+def test_a_model_not_trained_here_takes_the_given_settings_or_the_packages(tiny_model):
+    assert PolicySettings.load(tiny_model) is None
+    settings = Augmenter.from_pretrained(str(tiny_model)).settings
+    assert settings == PolicySettings(PromptSet.default("sparse"), GenerationSettings(512, 1.2), {})
+    given = Augmenter.from_pretrained(str(tiny_model), PROMPT_SET, GENERATION).settings
+    assert given == PolicySettings(PROMPT_SET, GENERATION, {})
+
+
+def test_the_revision_of_a_folder_changes_with_its_weights(policy, model):
+    before = Augmenter.from_pretrained(str(policy)).revision
+    assert Augmenter.from_pretrained(str(policy)).revision == before
+    changed = AutoModelForCausalLM.from_pretrained(policy)
+    with torch.no_grad():
+        next(changed.parameters())[0, 0] += 1
+    changed.save_pretrained(policy)
+    assert Augmenter.from_pretrained(str(policy)).revision != before
+
+
+def test_a_policys_modified_prompt_set_is_detected(policy):
+    path = policy / "prompt_set.yaml"
+    path.write_text(path.read_text(encoding="utf-8").replace("query: 'query:'", "query: 'question:'"), encoding="utf-8")
+    with pytest.raises(InputError, match=f"prompt_set.yaml has the hash .*trained with {PROMPT_SET.hash}"):
+        PolicySettings.load(policy)
+    path.unlink()
+    with pytest.raises(InputError, match="prompt_set.yaml"):
+        PolicySettings.load(policy)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"prompt_hash": "x", "retriever": {}, "generation": {"new": 1}}']
+)
+def test_a_policys_damaged_settings_are_refused_by_file(policy, content):
+    (policy / "coaug.json").write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match="coaug.json"):
+        PolicySettings.load(policy)
+
+
+@pytest.mark.parametrize("make", [lambda folder: None, lambda folder: folder.mkdir()])
+def test_a_place_without_a_model_is_refused_by_name(tmp_path, make):
+    make(tmp_path / "nothing")
+    with pytest.raises(InputError, match="nothing: no model could be loaded from there"):
+        Augmenter.from_pretrained(str(tmp_path / "nothing"))
+
+
+# Reading the folder
+
+
+@pytest.fixture(scope="module")
+def augmented_folder(model, tokenizer, small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("augmented")
+    augmenter = Augmenter(model, tokenizer, PolicySettings(PROMPT_SET, GENERATION), name="tiny")
+    augmenter.augment_collection(small, folder)
+    return folder
+
+
+@pytest.fixture
+def own_folder(augmented_folder, tmp_path):
+    return Path(shutil.copytree(augmented_folder, tmp_path / "own"))
+
+
+def test_texts_and_answers_are_composed(augmented_folder, small):
+    augmented = AugmentedCollection.load(augmented_folder)
+    queries, documents = (
+        {row["_id"]: row["augmentation"] for row in read_rows(augmented_folder / name)} for name in ANSWER_FILES
+    )
+    assert any(queries.values())
+    assert any(documents.values())
+    assert augmented.queries(small) == {
+        id_: PROMPT_SET.compose_query(small.queries[id_], queries[id_]) for id_ in small.qrels
+    }
+    assert augmented.documents(small) == [
+        PROMPT_SET.compose_document(document, documents[id_]) for id_, document in small.corpus.items()
+    ]
+
+
+def test_a_side_that_is_not_asked_for_stays_as_it_is(augmented_folder, small):
+    queries_only = AugmentedCollection.load(augmented_folder, ["query"])
+    assert queries_only.documents(small) == list(small.corpus.values())
+    assert queries_only.queries(small) == AugmentedCollection.load(augmented_folder).queries(small)
+    documents_only = AugmentedCollection.load(augmented_folder, ["document"])
+    assert documents_only.queries(small) == {id_: small.queries[id_] for id_ in small.qrels}
+
+
+def test_a_folder_without_augmentations_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere: no augmentations there \(manifest.json is missing\)"):
+        AugmentedCollection.load(tmp_path / "nowhere")
+
+
+def test_a_side_that_is_not_there_is_refused(own_folder):
+    (own_folder / "queries.jsonl").unlink()
+    with pytest.raises(InputError, match="there is no queries.jsonl yet"):
+        AugmentedCollection.load(own_folder, ["query"])
+
+
+def test_a_side_begun_and_not_finished_is_refused_though_the_other_is_there(own_folder):
+    (own_folder / "documents.jsonl").rename(own_folder / "documents.partial.jsonl")
+    with pytest.raises(InputError, match="documents.jsonl was begun but not finished; run coaug augment again"):
+        AugmentedCollection.load(own_folder)
+    assert set(AugmentedCollection.load(own_folder, ["query"]).answers) == {"query"}
+
+
+def test_missing_ids_are_counted_and_one_is_named(augmented_folder, collection, small):
+    augmented = AugmentedCollection.load(augmented_folder)
+    missing = [id_ for id_ in collection.corpus if id_ not in small.corpus]
+    with pytest.raises(InputError) as error:
+        augmented.documents(collection)
+    assert f"lack {len(missing)} documents, such as {missing[0]!r}" in str(error.value)
+    with pytest.raises(InputError, match="lack 8 queries, such as 'test-statins'.*coaug augment --side query"):
+        augmented.queries(collection.with_split("test"))
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"_id": "x"}', '{"_id": "x", "augmentation": null, "complete": true}', "\xff"]
+)
+def test_a_damaged_line_is_refused_by_file_and_number_whoever_reads_it(own_folder, make_augmenter, small, line):
+    path = own_folder / "documents.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([*lines[:2], line, *lines[3:]]) + "\n", encoding="latin-1")
+    with pytest.raises(InputError, match="documents.jsonl, line 3: not a row"):
+        AugmentedCollection.load(own_folder)
+    with pytest.raises(InputError, match="documents.jsonl, line 3: not a row"):
+        make_augmenter(revision=None).augment_collection(small, own_folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_damaged_manifest_is_refused_by_name(own_folder, make_augmenter, small, content):
+    (own_folder / "manifest.json").write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match="manifest.json"):
+        AugmentedCollection.load(own_folder)
+    with pytest.raises(InputError, match="manifest.json"):
+        make_augmenter().augment_collection(small, own_folder)
+
+
+def test_a_modified_prompt_set_beside_augmentations_is_detected(own_folder):
+    replace(PROMPT_SET, query_repeats=5).save(own_folder)
+    with pytest.raises(InputError, match=f"the prompt set has the hash .*made with {PROMPT_SET.hash}"):
+        AugmentedCollection.load(own_folder)

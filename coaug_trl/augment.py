@@ -178,9 +178,6 @@ class Augmenter:
         else:
             inputs = tokenizer(prompts, return_tensors="pt", padding=True)
         inputs = inputs.to(self.model.device)
-        # The repetition penalty reads the padding, which is often the token that ends a completion. A token of the
-        # prompt in its place keeps an answer from depending on the other texts of its batch.
-        inputs["input_ids"] = inputs["input_ids"].where(inputs["attention_mask"].bool(), inputs["input_ids"][:, -1:])
         # All sampling settings are given, since the model's own generation_config may hold others.
         output = self.model.generate(
             input_ids=inputs["input_ids"],
@@ -319,7 +316,9 @@ class AugmentedCollection:
         folder = Path(folder)
         manifest = read_manifest(folder)
         if manifest is None:
-            raise InputError(f"{folder}: no augmentations there ({MANIFEST} is missing); make them with coaug augment.")
+            raise InputError(
+                f"{folder}: no augmentations there ({MANIFEST} is missing); make them with coaug augment."
+            )
         answers = {}
         for side in sides:
             path = folder / FILES[side]

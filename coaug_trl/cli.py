@@ -34,7 +34,8 @@ def run_command(command: Callable[[], None]) -> int:
     try:
         command()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # libraries put line breaks into the messages that ours quote
+        print("error:", " ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)
         return 2
     except OSError as error:
         if error.filename is None:  # not about a file the user named

@@ -25,6 +25,8 @@ from .trainer import CoAugTrainer
 
 logger = get_logger(__name__)
 
+# With all fields argparse's own usage would be 200 lines before each error.
+USAGE = "coaug train --config RECIPE [--field value ...]"
 # Shown beside the progress bar; all metrics are in trainer_state.json and go to report_to.
 SHOWN = {"reward": "reward", "query/answer_rate": "answers", "entropy": "entropy"}
 
@@ -73,6 +75,8 @@ class CoAugScriptArguments:
     def __post_init__(self):
         if self.eval_split == "test" or self.train_split == "test":
             raise InputError("The test split is for coaug evaluate alone; train on 'train' and evaluate on 'dev'.")
+        if self.retriever != "bm25":  # argparse does not check the values of a recipe
+            raise InputError(f"retriever is {self.retriever!r}; use bm25.")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -90,6 +94,9 @@ def main(arguments: list[str] | None = None) -> None:
     set_up_logging()
     script_args, training_args, model_args = parse_arguments(arguments)
     set_seed(training_args.seed)
+    given = training_args.resume_from_checkpoint
+    if given and not (Path(given) / "trainer_state.json").is_file():
+        raise InputError(f"resume_from_checkpoint is {given}, no whole checkpoint: it has no trainer_state.json.")
 
     ###########
     # Collection
@@ -103,7 +110,9 @@ def main(arguments: list[str] | None = None) -> None:
     # Retriever, prompts, tokenizer
     ###########
     retriever = BM25Retriever(script_args.k1, script_args.b, script_args.language, script_args.fields)
-    prompt_set = PromptSet.load(script_args.prompt_set) if script_args.prompt_set else PromptSet.default(retriever.kind)
+    prompt_set = (
+        PromptSet.load(script_args.prompt_set) if script_args.prompt_set else PromptSet.default(retriever.kind)
+    )
     tokenizer = load_tokenizer(training_args, model_args)
 
     if script_args.dry_run:
@@ -138,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
     ###########
     # Train, from the last whole checkpoint if there is one
     ###########
-    checkpoint = training_args.resume_from_checkpoint or last_whole_checkpoint(training_args.output_dir)
+    checkpoint = given or last_whole_checkpoint(training_args.output_dir)
     if checkpoint:
         logger.warning(f"Resuming from {checkpoint}. To start afresh, choose another output_dir.")
     train_result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -186,15 +195,21 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[CoAugScriptArgu
         `InputError`: The recipe is not there or not YAML, or a setting has a value that cannot work.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = TrlParser((CoAugScriptArguments, CoAugConfig, ModelConfig), prog="coaug train")
+    parser = TrlParser((CoAugScriptArguments, CoAugConfig, ModelConfig), prog="coaug train", usage=USAGE)
+    if arguments[-1:] == ["--config"]:
+        raise InputError("--config names no recipe; give one, such as recipes/nfcorpus/qwen2.5-7b-bm25.yaml.")
     try:
-        if "--config" in arguments[:-1]:
+        if "--config" in arguments:
             _refuse_unknown_fields(arguments[arguments.index("--config") + 1], parser)
         script_args, training_args, model_args = parser.parse_args_and_config(arguments)
     except (OSError, yaml.YAMLError, ValueError) as error:
         raise InputError(str(error)) from None
+    except TypeError as error:  # a list or nothing where YAML should have a number
+        raise InputError(f"A field has a value of the wrong kind: {error}") from None
     if model_args.model_name_or_path is None:
-        raise InputError("model_name_or_path is missing; give a folder or a Hub id, such as Qwen/Qwen2.5-0.5B-Instruct.")
+        raise InputError(
+            "model_name_or_path is missing; give a folder or a Hub id, such as Qwen/Qwen2.5-0.5B-Instruct."
+        )
     return script_args, training_args, model_args
 
 
@@ -225,7 +240,9 @@ def load_tokenizer(training_args: CoAugConfig, model_args: ModelConfig):
             trust_remote_code=training_args.trust_remote_code,
         )
     except OSError as error:
-        raise InputError(f"{model_args.model_name_or_path}: no tokenizer could be loaded from there: {error}") from None
+        raise InputError(
+            f"{model_args.model_name_or_path}: no tokenizer could be loaded from there: {error}"
+        ) from None
 
 
 def last_whole_checkpoint(output_dir: str | Path) -> str | None:

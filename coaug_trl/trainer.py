@@ -432,9 +432,9 @@ class CoAugTrainer(GRPOTrainer):
         if not path.is_file():
             raise InputError(f"{checkpoint} lacks {path.name}, the rollouts it was training on; resume from another.")
         slices = defaultdict(dict)
-        for key, value in load_file(path, device=str(self.accelerator.device)).items():
+        for key, value in load_file(path).items():
             index, name = key.split(".", 1)
-            slices[int(index)][name] = value
+            slices[int(index)][name] = value.to(self.accelerator.device)
         self._buffered_inputs = [slices[index] for index in range(len(slices))]
 
 

@@ -258,12 +258,14 @@ def test_processes_that_cannot_share_the_groups_evenly_are_told_what_they_could(
         ),
         (
             {"per_device_train_batch_size": 7},
-            "per_device_train_batch_size is 7, which",
+            "per_device_train_batch_size is 7, which does not divide the 640 completions that each process has in an "
+            "optimizer step (32 groups × 16 texts × 5 rollouts / 4 updates / 1 processes); use 5 or 8.",
             {"per_device_train_batch_size": 8},
         ),
         (
             {"updates_per_batch": 3},
-            "updates_per_batch is 3, which does not divide the 2,560",
+            "updates_per_batch is 3, which does not divide the 2,560 completions that each process has of a generation "
+            "batch; use 2 or 4.",
             {"updates_per_batch": 2},
         ),
     ],

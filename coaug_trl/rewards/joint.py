@@ -124,7 +124,9 @@ class JointReward:
         Raises:
             `RuntimeError`: On every process, when the reward failed on one.
         """
-        texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
+        texts = [
+            completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions
+        ]
         answers = [extract_answer(text) for text in texts]
         log_extra("text_type", text_type)
         log_extra("text_id", text_id)

@@ -1,0 +1,147 @@
+"""
+What test_two_processes.py runs on each of two processes:
+
+accelerate launch --config_file recipes/accelerate_configs/cpu-2.yaml two_processes_worker.py INPUT.json OUTPUT_DIR
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import save_file
+from transformers import TrainerState
+
+from coaug_trl import BM25Retriever, CoAugConfig, CoAugTrainer, Collection, PromptSet
+from coaug_trl.groups import Group
+from coaug_trl.rewards.joint import JointReward
+
+
+class RecordingTrainer(CoAugTrainer):
+    """Keeps the groups of this process, generation batch by generation batch."""
+
+    def __init__(self, *args, **kwargs):
+        self.groups = []
+        super().__init__(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs):
+        self.groups.append([[group.position, group.queries, group.documents] for group in inputs])
+        return super()._generate_and_score_completions(inputs)
+
+
+class FailsOnTheSecondProcess(BM25Retriever):
+    def score(self, queries, documents):
+        if PartialState().process_index == 1:
+            raise ZeroDivisionError("the second process alone")
+        return super().score(queries, documents)
+
+
+def build(given, output_dir, model=None, retriever=None, **changes):
+    collection = Collection.load(given["collection"])
+    prompt_set = PromptSet(
+        "sparse", "query:", "document:", max_document_tokens=changes.pop("max_document_tokens", 512)
+    )
+    args = CoAugConfig(output_dir=str(output_dir), **{**given["settings"], **changes})
+    return RecordingTrainer(
+        model or given["model"],
+        args,
+        collection,
+        retriever or BM25Retriever(),
+        prompt_set,
+        eval_collection=collection.with_split("dev"),
+    )
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+
+
+def equal(one, other) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def rewards(given, output_dir, process=0, num_processes=1) -> dict[str, list[float]]:
+    """Rewards of this process's share of the saved completions, by pool and estimator."""
+    collection = Collection.load(given["collection"])
+    retriever = BM25Retriever()
+    retriever.fit(list(collection.corpus.values()))
+    groups = [Group(place, *map(tuple, fields[:2]), fields[2]) for place, fields in enumerate(given["groups"])]
+    share = len(groups) // num_processes
+    table = [row for row in given["completions"] if row["group"] // share == process]
+    found = {}
+    for pool in ("group", "batch"):
+        for estimator in ("exact", "sampled"):
+            changes = {"candidate_pool": pool, "reward_estimator": estimator, "ndcg_k": 3}
+            args = CoAugConfig(output_dir=str(output_dir), **{**given["settings"], **changes})
+            reward = JointReward(collection, retriever, PromptSet("sparse", "query:", "document:"), args)
+            found[f"{pool} {estimator}"] = reward(
+                completions=[row["completion"] for row in table],
+                group=[groups[row["group"]] for row in table],
+                text_type=[row["text_type"] for row in table],
+                text_id=[row["text_id"] for row in table],
+                trainer_state=TrainerState(global_step=5),
+                log_extra=lambda column, values: None,
+            )
+    return found
+
+
+def evaluate(given, output_dir) -> dict[str, float]:
+    return build(given, output_dir, model=given["expanding_model"], eval_corpus_size=31).evaluate()
+
+
+def train_and_resume(given, output_dir, steps, **changes) -> dict:
+    trainer = build(given, output_dir / "whole", **given["resume"], **changes)
+    before = weights(trainer)
+    trainer.train()
+    after = weights(trainer)
+    save_file(after, output_dir / f"final_{trainer.args.process_index}.safetensors")
+    resumed = {}
+    for step in steps:
+        again = build(given, output_dir / f"from-{step}", **given["resume"], **changes)
+        again.train(resume_from_checkpoint=str(output_dir / "whole" / f"checkpoint-{step}"))
+        first = len(trainer.groups) - len(again.groups)
+        resumed[step] = [equal(weights(again), after), again.groups == trainer.groups[first:]]
+    unchanged = [name for name in before if torch.equal(before[name], after[name])]
+    gradients = [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log]
+    return {"unchanged": unchanged, "gradients": gradients, "groups": trainer.groups, "resumed": resumed}
+
+
+def failures(given, output_dir) -> dict[str, str]:
+    messages = {}
+    for pool in ("group", "batch"):
+        trainer = build(given, output_dir / pool, retriever=FailsOnTheSecondProcess(), candidate_pool=pool)
+        try:
+            trainer.train()
+        except RuntimeError as error:
+            messages[pool] = str(error)
+    return messages
+
+
+def main():
+    given = json.loads(Path(sys.argv[1]).read_text())
+    output_dir = Path(sys.argv[2])
+    state = PartialState(cpu=True)
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("coaug_trl").addHandler(handler)
+    logging.getLogger("coaug_trl").setLevel(logging.INFO)
+
+    results = {
+        "num_processes": state.num_processes,
+        "rewards": rewards(given, output_dir, state.process_index, state.num_processes),
+        "evaluation": evaluate(given, output_dir / "evaluation"),
+        "training": train_and_resume(given, output_dir / "training", [2, 3, 5, 6], max_steps=7, max_document_tokens=5),
+        "iterations": train_and_resume(
+            given, output_dir / "iterations", [1, 3], max_steps=5, num_iterations=2, updates_per_batch=2
+        ),
+    }
+    results["lines"] = lines
+    results["failures"] = failures(given, output_dir / "failures")
+    (output_dir / f"results_{state.process_index}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

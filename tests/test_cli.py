@@ -1,0 +1,448 @@
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coaug_trl import BM25Retriever, Collection, PromptSet, __version__, cli
+from coaug_trl.augment import AugmentedCollection
+from coaug_trl.evaluation import evaluate_run
+from coaug_trl.policy import GenerationSettings, PolicySettings
+
+
+PROMPT_SET = PromptSet("sparse", "query:", "document:")
+EVALUATION_FILES = ["manifest.json", "metrics.json", "per_query.jsonl", "qrels.trec", "run.trec"]
+
+
+@pytest.fixture
+def coaug(capsys):
+    """Runs the command in this process; returns its exit code and what it printed."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as exit_:  # argparse
+            code = exit_.code
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def refused(coaug):
+    """Runs a command that must fail on its input; returns the one line that says why."""
+
+    def run(*arguments):
+        code, _, errors = coaug(*arguments)
+        assert code == 2, errors
+        assert "Traceback" not in errors
+        lines = [line for line in errors.splitlines() if line.startswith("error:")]
+        assert len(lines) == 1
+        assert errors.endswith(lines[0] + "\n")
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model, tmp_path_factory):
+    """A model folder as training leaves it, for BM25 with k1 0.9."""
+    folder = tmp_path_factory.mktemp("policies") / "policy"
+    shutil.copytree(tiny_model, folder)
+    PolicySettings(PROMPT_SET, GenerationSettings(24, 1.2), BM25Retriever(k1=0.9).config).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def augmentations(policy, beir_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("augmentations") / "policy"
+    arguments = ["augment", "--model", policy, "--collection", beir_folder, "--output", folder]
+    assert cli.main([str(argument) for argument in arguments]) == 0
+    return folder
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_run(folder):
+    run = {}
+    for line in (Path(folder) / "run.trec").read_text(encoding="utf-8").splitlines():
+        query_id, _, document_id, _, score, _ = line.split()
+        run.setdefault(query_id, {})[document_id] = float(score)
+    return run
+
+
+# The command itself
+
+
+def run_python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_help_and_version_load_no_heavy_library(argument):
+    done = run_python(
+        "import sys, coaug_trl\n"
+        "from coaug_trl.cli import main\n"
+        "try:\n"
+        f"    main([{argument!r}])\n"
+        "except SystemExit as exit_:\n"
+        "    assert exit_.code == 0\n"
+        "    print(sorted({'torch', 'transformers', 'trl', 'numpy', 'datasets'} & set(sys.modules)))"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_importing_the_package_loads_names_only_when_used():
+    done = run_python(
+        "import sys, coaug_trl\n"
+        "assert 'CoAugTrainer' in dir(coaug_trl)\n"
+        "from coaug_trl import Collection, PromptSet, InputError\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+        "try:\n"
+        "    coaug_trl.Nothing\n"
+        "except AttributeError as error:\n"
+        "    print(error)"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "module 'coaug_trl' has no attribute 'Nothing'\n"
+
+
+def test_version_is_the_packages(coaug):
+    assert coaug("--version") == (0, f"coaug {__version__}\n", "")
+
+
+def test_help_names_every_command_and_option(coaug):
+    code, listed, _ = coaug("--help")
+    assert code == 0
+    for command in ("train", "augment", "evaluate"):
+        assert command in listed
+    for command, options in (
+        ("augment", ["--model", "--collection", "--split", "--side", "--output", "--prompt_set", "--batch_size"]),
+        ("evaluate", ["--collection", "--split", "--retriever", "--fields", "--augmentations", "--output", "--k"]),
+    ):
+        code, listed, _ = coaug(command, "--help")
+        assert code == 0
+        for option in options:
+            assert option in listed
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["augmnet"],
+        ["evaluate"],
+        ["augment", "--model", "m"],
+        ["evaluate", "--collection", "c", "--output", "o", "--k", "ten"],
+        ["evaluate", "--collection", "c", "--output", "o", "--retriever", "elastic"],
+    ],
+)
+def test_a_command_line_that_makes_no_sense_exits_with_usage(coaug, arguments):
+    code, _, errors = coaug(*arguments)
+    assert code == 2
+    assert errors.startswith("usage: coaug")
+    assert "Traceback" not in errors
+
+
+def test_the_module_can_be_run(beir_folder, tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "coaug_trl.cli",
+            "evaluate",
+            "--collection",
+            beir_folder,
+            "--split",
+            "no",
+            "--output",
+            tmp_path,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: advice has no split 'no': choose from dev, test, train\n"
+
+
+def test_interruption_says_how_to_go_on(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert cli.run_command(interrupted) == 130
+    assert capsys.readouterr().err == "interrupted: run the same command again to go on\n"
+
+
+def test_a_fault_of_the_program_is_not_dressed_up_as_bad_input():
+    for fault in (RuntimeError("fault"), OSError("no file named")):
+
+        def command(fault=fault):
+            raise fault
+
+        with pytest.raises(type(fault)):
+            cli.run_command(command)
+
+
+# Evaluate
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings"),
+    [
+        ([], {}),
+        (["--fields", "best", "--k1", "0.6", "--b", "0.4"], {"fields": "best", "k1": 0.6, "b": 0.4}),
+        (["--language", "german"], {"language": "german"}),
+    ],
+)
+def test_evaluate_without_augmentations_is_the_retriever_on_the_collection(
+    coaug, beir_folder, tmp_path, arguments, settings
+):
+    code, printed, _ = coaug("evaluate", "--collection", beir_folder, *arguments, "--output", tmp_path / "bm25")
+    assert code == 0
+    collection = Collection.load(beir_folder, "test")
+    retriever = BM25Retriever(**settings)
+    retriever.index(list(collection.corpus.values()))
+    queries = {id_: collection.queries[id_] for id_ in collection.qrels}
+    run = dict(zip(queries, map(dict, retriever.search(list(queries.values()), 1000)), strict=True))
+    expected, per_query = evaluate_run(collection.qrels, run)
+
+    assert sorted(path.name for path in (tmp_path / "bm25").iterdir()) == EVALUATION_FILES
+    metrics = read_json(tmp_path / "bm25" / "metrics.json")
+    assert set(metrics) == {"nDCG@10", "R@100", "RR@10", "AP", "num_queries", "num_queries_without_hits", "retriever"}
+    assert {name: metrics[name] for name in expected} == expected
+    assert 0 < metrics["nDCG@10"] < 1
+    assert metrics["num_queries"] == 8
+    assert metrics["num_queries_without_hits"] == 0
+    assert metrics["retriever"] == retriever.config
+    rows = [json.loads(line) for line in (tmp_path / "bm25" / "per_query.jsonl").read_text().splitlines()]
+    assert {row.pop("_id"): row for row in rows} == per_query
+    for name, value in expected.items():
+        assert f"{name}  {value:.4f}\n" in printed
+    assert "over 8 judged queries" in printed
+
+
+def test_the_written_run_gives_the_written_numbers(coaug, beir_folder, tmp_path):
+    assert coaug("evaluate", "--collection", beir_folder, "--split", "train", "--k", 3, "--output", tmp_path)[0] == 0
+    run = read_run(tmp_path)
+    assert [len(hits) for hits in run.values()] == [3] * 8
+    expected, _ = evaluate_run(Collection.load(beir_folder, "train").qrels, run)
+    metrics = read_json(tmp_path / "metrics.json")
+    assert {name: metrics[name] for name in expected} == expected
+    manifest = read_json(tmp_path / "manifest.json")
+    assert (manifest["collection"], manifest["split"], manifest["depth"]) == ("advice", "train", 3)
+    assert manifest["augmentations"] is None
+    assert manifest["augmented_sides"] == []
+
+
+@pytest.mark.parametrize("side", ["both", "query", "document"])
+def test_augment_then_evaluate(coaug, augmentations, beir_folder, tmp_path, side):
+    code, _, errors = coaug(
+        *("evaluate", "--collection", beir_folder, "--augmentations", augmentations, "--side", side),
+        *("--output", tmp_path),
+    )
+    assert code == 0, errors
+    collection = Collection.load(beir_folder, "test")
+    augmented = AugmentedCollection.load(augmentations, ["query", "document"] if side == "both" else [side])
+    retriever = BM25Retriever(k1=0.9)  # what the policy was trained for
+    retriever.index(augmented.documents(collection))
+    queries = augmented.queries(collection)
+    run = dict(zip(queries, map(dict, retriever.search(list(queries.values()), 1000)), strict=True))
+    expected, _ = evaluate_run(collection.qrels, run)
+    metrics = read_json(tmp_path / "metrics.json")
+    assert {name: metrics[name] for name in expected} == expected
+    assert metrics["retriever"] == retriever.config
+
+    manifest = read_json(tmp_path / "manifest.json")
+    assert manifest["augmentations"] == read_json(augmentations / "manifest.json")
+    assert manifest["augmented_sides"] == (["document", "query"] if side == "both" else [side])
+    plain = BM25Retriever(k1=0.9)
+    plain.index(list(collection.corpus.values()))
+    texts = [collection.queries[id_] for id_ in collection.qrels]
+    assert list(map(dict, plain.search(texts, 1000))) != list(run.values())
+
+
+# Augment
+
+
+def test_augment_writes_the_folder_and_says_what_it_did(coaug, policy, beir_folder, tmp_path):
+    arguments = ("augment", "--model", policy, "--collection", beir_folder, "--side", "query", "--output", tmp_path)
+    code, printed, _ = coaug(*arguments, "--split", "dev", "--batch_size", 3)
+    assert code == 0
+    assert "advice (dev): 40 documents" in printed
+    assert "query: 8 texts, " in printed
+    assert f"{tmp_path / 'manifest.json'}\n" in printed
+    assert not (tmp_path / "documents.jsonl").exists()
+    manifest = read_json(tmp_path / "manifest.json")
+    assert manifest["prompt_hash"] == PROMPT_SET.hash
+    assert manifest["generation"] == {"max_new_tokens": 24, "repetition_penalty": 1.2}
+    assert manifest["retriever"] == BM25Retriever(k1=0.9).config
+    rows = [json.loads(line) for line in (tmp_path / "queries.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["_id"] for row in rows] == list(Collection.load(beir_folder, "dev").qrels)
+    # once more: nothing is left to do, and nothing changes
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert coaug(*arguments, "--split", "dev")[0] == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_untrained_model_takes_its_settings_from_the_command_line(coaug, tiny_model, beir_folder, tmp_path):
+    common = ("augment", "--model", tiny_model, "--collection", beir_folder, "--side", "query", "--max_new_tokens", 4)
+    assert coaug(*common, "--retriever", "dense", "--output", tmp_path / "dense")[0] == 0
+    manifest = read_json(tmp_path / "dense" / "manifest.json")
+    assert manifest["prompt_hash"] == PromptSet.default("dense").hash
+    assert manifest["generation"] == {"max_new_tokens": 4, "repetition_penalty": 1.2}
+    assert manifest["retriever"] == {}
+
+    PROMPT_SET.save(tmp_path)
+    prompts = ("--prompt_set", tmp_path / "prompt_set.yaml", "--repetition_penalty", 1.1)
+    assert coaug(*common, *prompts, "--output", tmp_path / "own")[0] == 0
+    manifest = read_json(tmp_path / "own" / "manifest.json")
+    assert manifest["prompt_hash"] == PROMPT_SET.hash
+    assert manifest["generation"] == {"max_new_tokens": 4, "repetition_penalty": 1.1}
+
+
+def test_augmentations_of_an_untrained_model_can_be_evaluated_with_any_bm25(coaug, tiny_model, beir_folder, tmp_path):
+    common = ("--collection", beir_folder, "--side", "query")
+    augment = ("augment", "--model", tiny_model, "--max_new_tokens", 4, "--output", tmp_path / "augmented")
+    assert coaug(*augment, *common)[0] == 0
+    evaluate = ("evaluate", "--augmentations", tmp_path / "augmented", "--output", tmp_path / "evaluation")
+    assert coaug(*evaluate, *common, "--k1", 0.5)[0] == 0
+    assert read_json(tmp_path / "evaluation" / "metrics.json")["retriever"]["k1"] == 0.5
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("command", ["augment", "evaluate"])
+def test_a_collection_that_is_not_there_is_named(refused, policy, tmp_path, command):
+    model = ("--model", policy) if command == "augment" else ()
+    message = refused(command, *model, "--collection", tmp_path / "nowhere", "--output", tmp_path / "out")
+    assert str(tmp_path / "nowhere") in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_misspelt_split_is_answered_with_those_there_are(refused, beir_folder, tmp_path):
+    message = refused("evaluate", "--collection", beir_folder, "--split", "tset", "--output", tmp_path)
+    assert "'tset'" in message
+    for split in ("train", "dev", "test"):
+        assert split in message
+
+
+def test_a_corrupt_file_is_named_with_its_line(refused, beir_folder, tmp_path):
+    folder = shutil.copytree(beir_folder, tmp_path / "corrupt")
+    lines = (folder / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
+    (folder / "corpus.jsonl").write_text("\n".join([*lines[:6], lines[6][:20], *lines[7:]]), encoding="utf-8")
+    message = refused("evaluate", "--collection", folder, "--output", tmp_path / "out")
+    assert f"{folder / 'corpus.jsonl'}, line 7" in message
+    (folder / "corpus.jsonl").unlink()
+    (folder / "corpus.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode())[:-30])
+    assert "corpus.jsonl.gz" in refused("evaluate", "--collection", folder, "--output", tmp_path / "out")
+
+
+@pytest.mark.parametrize("setting", [("--k1", "0.8"), ("--b", "0.5"), ("--fields", "best"), ("--language", "german")])
+def test_another_retriever_than_the_policys_is_refused(refused, augmentations, beir_folder, tmp_path, setting):
+    message = refused(
+        *("evaluate", "--collection", beir_folder, "--augmentations", augmentations, "--output", tmp_path / "out"),
+        *setting,
+    )
+    assert str(augmentations) in message
+    assert "leave the retriever's settings out" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_policys_own_retriever_settings_may_be_given(coaug, augmentations, beir_folder, tmp_path):
+    evaluate = ("evaluate", "--collection", beir_folder, "--augmentations", augmentations, "--output", tmp_path)
+    assert coaug(*evaluate, "--k1", "0.9", "--fields", "flat")[0] == 0
+
+
+def test_augmentations_for_a_dense_retriever_are_refused_by_bm25(refused, augmentations, beir_folder, tmp_path):
+    folder = shutil.copytree(augmentations, tmp_path / "dense")
+    evaluate = ("evaluate", "--collection", beir_folder, "--augmentations", folder, "--output", tmp_path / "out")
+    # of a policy trained for one
+    manifest = read_json(folder / "manifest.json") | {"retriever": {"retriever": "dense", "model": "encoder"}}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    message = refused(*evaluate)
+    assert "'encoder'" in message
+    assert "bm25" in message
+    # of an untrained model with the prompts for one
+    dense = PromptSet("dense", "query:", "document:")
+    dense.save(folder)
+    manifest |= {"retriever": {}, "prompt_hash": dense.hash}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert "prompts for dense retrievers, and the retriever is sparse" in refused(*evaluate)
+
+
+def test_augmentations_of_another_collection_are_refused(refused, augmentations, beir_folder, tmp_path):
+    other = shutil.copytree(beir_folder, tmp_path / "other")
+    message = refused(
+        "evaluate", "--collection", other, "--augmentations", augmentations, "--output", tmp_path / "out"
+    )
+    assert "belongs to the collection advice, not to other" in message
+
+
+def test_augmentations_of_another_split_are_refused(refused, augmentations, beir_folder, tmp_path):
+    message = refused(
+        *("evaluate", "--collection", beir_folder, "--split", "dev", "--augmentations", augmentations),
+        *("--output", tmp_path / "out"),
+    )
+    assert "lack 8 queries, such as 'dev-statins'" in message
+
+
+def test_a_place_without_augmentations_is_named(refused, beir_folder, tmp_path):
+    evaluate = ("evaluate", "--collection", beir_folder, "--output", tmp_path / "out")
+    assert "no augmentations there" in refused(*evaluate, "--augmentations", tmp_path / "typo")
+
+
+def test_settings_that_contradict_the_policys_are_refused(refused, policy, beir_folder, tmp_path):
+    augment = ("augment", "--model", policy, "--collection", beir_folder, "--output", tmp_path / "out")
+    assert "max_new_tokens=99" in refused(*augment, "--max_new_tokens", 99)
+    PromptSet.default("dense").save(tmp_path)
+    assert "leave the prompt set out" in refused(*augment, "--prompt_set", tmp_path / "prompt_set.yaml")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        (("--batch_size", "0"), "batch_size is 0"),
+        (("--max_new_tokens", "0"), "max_new_tokens is 0"),
+        (("--repetition_penalty", "-1"), "repetition_penalty is -1.0"),
+        (("--prompt_set", "no-such.yaml"), "no-such.yaml"),
+    ],
+)
+def test_augment_settings_that_cannot_work_are_refused(refused, tiny_model, beir_folder, tmp_path, setting, named):
+    message = refused(
+        "augment", "--model", tiny_model, "--collection", beir_folder, "--output", tmp_path / "out", *setting
+    )
+    assert named in message
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [(("--k", "0"), "at least 1"), (("--b", "2"), "b=2"), (("--language", "klingon"), "'klingon'")],
+)
+def test_evaluate_settings_that_cannot_work_are_refused(refused, beir_folder, tmp_path, setting, named):
+    assert named in refused("evaluate", "--collection", beir_folder, "--output", tmp_path / "out", *setting)
+
+
+def test_a_place_without_a_model_is_named(refused, beir_folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    augment = ("augment", "--collection", beir_folder, "--output", tmp_path / "out")
+    assert str(tmp_path / "empty") in refused(*augment, "--model", tmp_path / "empty")
+    assert str(tmp_path / "typo") in refused(*augment, "--model", tmp_path / "typo")
+
+
+@pytest.mark.parametrize("command", ["augment", "evaluate"])
+def test_an_output_that_is_a_file_is_named(refused, policy, beir_folder, tmp_path, command):
+    (tmp_path / "taken").write_text("", encoding="utf-8")
+    model = ("--model", policy) if command == "augment" else ()
+    message = refused(command, *model, "--collection", beir_folder, "--output", tmp_path / "taken")
+    assert str(tmp_path / "taken") in message

@@ -19,7 +19,18 @@ _PUBLIC = {
     "exact_ndcg_rewards": "rewards",
     "sampled_ndcg_rewards": "rewards",
 }
-__all__ = sorted(_PUBLIC)
+__all__ = [
+    "Augmenter",
+    "BM25Retriever",
+    "CoAugConfig",
+    "CoAugTrainer",
+    "Collection",
+    "Document",
+    "InputError",
+    "PromptSet",
+    "exact_ndcg_rewards",
+    "sampled_ndcg_rewards",
+]
 
 if TYPE_CHECKING:
     from .augment import Augmenter

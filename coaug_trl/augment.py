@@ -345,11 +345,11 @@ class AugmentedCollection:
             for id_ in collection.qrels
         }
 
-    def documents(self, collection: Collection) -> list[Document]:
-        """Documents to index."""
+    def documents(self, collection: Collection, field: str = "text") -> list[Document]:
+        """Documents to index; `field` is the retriever's `answer_field`."""
         answers = self._checked("document", collection.corpus)
         return [
-            self.prompt_set.compose_document(document, answers.get(id_, ""))
+            self.prompt_set.compose_document(document, answers.get(id_, ""), field)
             for id_, document in collection.corpus.items()
         ]
 

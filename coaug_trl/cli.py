@@ -175,7 +175,8 @@ def _evaluate(options: argparse.Namespace) -> None:
             f"{collection.name}."
         )
     if augmented:
-        queries, documents = augmented.queries(collection), augmented.documents(collection)
+        queries = augmented.queries(collection)
+        documents = augmented.documents(collection, retriever.answer_field)
     else:
         queries = {query_id: collection.queries[query_id] for query_id in collection.qrels}
         documents = list(collection.corpus.values())

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -169,12 +169,26 @@ class PromptSet:
             return query
         return "\n".join([query] * self.query_repeats + [answer])
 
-    def compose_document(self, document: "Document", answer: str) -> "Document":
-        """The document that is indexed: sparse: text, newline, answer; dense: answer, newline, text."""
+    def compose_document(self, document: "Document", answer: str, field: str = "text") -> "Document":
+        """
+        The document that is indexed: sparse: field, newline, answer; dense: answer, newline, field.
+
+        Args:
+            document ([`~coaug_trl.Document`]):
+                The original.
+            answer (`str`):
+                What is added; nothing if empty.
+            field (`str`, *optional*, defaults to `"text"`):
+                Field the answer joins, the retriever's `answer_field`.
+
+        Returns:
+            [`~coaug_trl.Document`]: with the same id.
+        """
         if not answer:
             return document
-        parts = (document.text, answer) if self.kind == "sparse" else (answer, document.text)
-        return type(document)(document.id, document.title, "\n".join(part for part in parts if part))
+        original = getattr(document, field)
+        parts = (original, answer) if self.kind == "sparse" else (answer, original)
+        return replace(document, **{field: "\n".join(part for part in parts if part)})
 
 
 def document_text(document: "Document") -> str:

@@ -347,7 +347,7 @@ class CoAugTrainer(GRPOTrainer):
         if self.args.augment != "query":
             answers = self.augment_greedily("document", [document_text(document) for document in documents])
             documents = [
-                self.prompt_set.compose_document(document, answer)
+                self.prompt_set.compose_document(document, answer, self.retriever.answer_field)
                 for document, answer in zip(documents, answers, strict=True)
             ]
         frozen_hits = self.retriever.rank(list(queries.values()), documents, EVAL_DEPTH)

@@ -74,7 +74,9 @@ def warm_start(model, tokenizer, prompt_set: PromptSet, steps: int, batch_size: 
         prompts = [prompt_set.prompt(side, text, tokenizer) for side, text in chosen]
         answers = [f"<answer> {random_synonyms(text, generator)} </answer> <eos>" for _, text in chosen]
         whole = tokenizer(
-            [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)], return_tensors="pt", padding=True
+            [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)],
+            return_tensors="pt",
+            padding=True,
         )
         labels = whole.input_ids.clone()
         for row, answer in enumerate(answers):

@@ -49,7 +49,9 @@ def evaluate_policy(name: str, augmenter: Augmenter, collection: Collection, out
             "augmentations": augmented.manifest,
             "versions": package_versions(),
         }
-        save_evaluation(output_dir / "evaluations" / f"{name}-{label.replace(' ', '-')}", run, collection.qrels, manifest)
+        save_evaluation(
+            output_dir / "evaluations" / f"{name}-{label.replace(' ', '-')}", run, collection.qrels, manifest
+        )
         per_query[label] = {id_: values[MEASURE] for id_, values in evaluate_run(collection.qrels, run)[1].items()}
     return per_query
 
@@ -57,8 +59,13 @@ def evaluate_policy(name: str, augmenter: Augmenter, collection: Collection, out
 def ceiling(collection: Collection, prompt_set: PromptSet) -> float:
     """nDCG@10 when every text is given one agreed term for each of its concepts."""
     answer = vocabulary_gap.canonical_answer
-    queries = {id_: prompt_set.compose_query(collection.queries[id_], answer(collection.queries[id_])) for id_ in collection.qrels}
-    documents = [prompt_set.compose_document(document, answer(document.text)) for document in collection.corpus.values()]
+    queries = {
+        id_: prompt_set.compose_query(collection.queries[id_], answer(collection.queries[id_]))
+        for id_ in collection.qrels
+    }
+    documents = [
+        prompt_set.compose_document(document, answer(document.text)) for document in collection.corpus.values()
+    ]
     return evaluate_run(collection.qrels, retrieve(queries, documents), [MEASURE])[0][MEASURE]
 
 
@@ -74,7 +81,9 @@ def plot_rewards(history: list[dict], path: Path) -> None:
     axes.plot(*zip(*rewards, strict=True), label="rollouts in training: expected NDCG@10 in the batch")
     evaluations = [(entry["step"], entry[f"eval_{MEASURE}"]) for entry in history if f"eval_{MEASURE}" in entry]
     if evaluations:
-        axes.plot(*zip(*evaluations, strict=True), "ko--", markersize=4, label="dev split: nDCG@10, greedy, whole corpus")
+        axes.plot(
+            *zip(*evaluations, strict=True), "ko--", markersize=4, label="dev split: nDCG@10, greedy, whole corpus"
+        )
     axes.set(xlabel="optimizer step", ylabel="NDCG@10", title="Joint reward in training", ylim=0)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -88,7 +97,9 @@ def print_examples(console: Console, collection: Collection, folder: Path, befor
     gains = sorted(before, key=lambda id_: before[id_] - after[id_])
     for query_id in gains[:count]:
         document_id = collection.relevant_documents(query_id)[0]
-        console.print(f"\n[bold]{collection.queries[query_id]}[/bold]  ({MEASURE} {before[query_id]:.2f} → {after[query_id]:.2f})")
+        console.print(
+            f"\n[bold]{collection.queries[query_id]}[/bold]  ({MEASURE} {before[query_id]:.2f} → {after[query_id]:.2f})"
+        )
         console.print(f"  relevant document: {collection.corpus[document_id].text}")
         for label, augmented in (("untrained", untrained), ("trained", trained)):
             query_words = augmented.answers["query"][query_id].split()
@@ -139,7 +150,9 @@ def main():
     plot_rewards(history, output_dir / "reward.png")
 
     console = Console(highlight=False)
-    table = Table(title=f"{MEASURE} on {test['num_queries']} held-out test queries, BM25 over {len(collection.corpus)} documents")
+    table = Table(
+        title=f"{MEASURE} on {test['num_queries']} held-out test queries, BM25 over {len(collection.corpus)} documents"
+    )
     table.add_column("augmentation")
     for label in SIDES:
         table.add_column(label, justify="right")
@@ -154,7 +167,9 @@ def main():
         f"randomisation test p = {test['p_randomization']:.1g}; {test['wins']} wins, {test['ties']} ties, "
         f"{test['losses']} losses"
     )
-    print_examples(console, collection, output_dir / "augmentations", systems["untrained"]["both"], systems["trained"]["both"])
+    print_examples(
+        console, collection, output_dir / "augmentations", systems["untrained"]["both"], systems["trained"]["both"]
+    )
     console.print(f"\n{output_dir / 'metrics.json'}, {output_dir / 'reward.png'}")
 
 

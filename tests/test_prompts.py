@@ -87,6 +87,7 @@ def test_query_repeats_weighs_an_augmented_query_only():
 def test_a_sparse_answer_follows_the_text_and_a_dense_one_precedes_it():
     assert SPARSE.compose_document(DOCUMENT, "words") == Document("d1", "A title", "The text.\nwords")
     assert DENSE.compose_document(DOCUMENT, "A summary.") == Document("d1", "A title", "A summary.\nThe text.")
+    assert SPARSE.compose_document(DOCUMENT, "words", "title") == Document("d1", "A title\nwords", "The text.")
 
 
 @pytest.mark.parametrize("prompt_set", [SPARSE, DENSE])

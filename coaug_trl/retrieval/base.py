@@ -24,6 +24,9 @@ class Retriever(ABC):
     kind: ClassVar[str]
     """`"sparse"` or `"dense"`: prompts are chosen by it."""
 
+    answer_field: str = "text"
+    """The field of a document that an augmentation joins, `"text"` or `"title"`."""
+
     @property
     @abstractmethod
     def config(self) -> dict[str, Any]:

@@ -99,6 +99,8 @@ class BM25Retriever(Retriever):
             raise InputError(f"No stemmer for language {language!r}; choose from {', '.join(Stemmer.algorithms())}.")
         self.k1, self.b, self.language, self.fields = k1, b, language, fields
         self._field_texts = FIELDS[fields]
+        # With two fields a list of keywords belongs to the short one, as in the code published with the paper.
+        self.answer_field = "title" if fields == "best" else "text"
         if language == "english":
             self._word, self._stopwords, stemmer = ENGLISH_WORD, stopwords.STOPWORDS_EN, "porter"
         else:

@@ -147,6 +147,7 @@ class JointReward:
         for (position, side, text_id, _), answer in zip(keys, answers, strict=True):
             answers_of[position, side, text_id].append(answer)
         compose_query, compose_document = self.prompt_set.compose_query, self.prompt_set.compose_document
+        field = self.retriever.answer_field
         composed = []
         for group in dict.fromkeys(groups):
             queries, documents = {}, {}
@@ -157,7 +158,7 @@ class JointReward:
             for id_ in group.documents:
                 document = self.collection.corpus[id_]
                 rollouts = answers_of.get((group.position, "document", id_), [""])
-                documents[id_] = [compose_document(document, answer) for answer in rollouts]
+                documents[id_] = [compose_document(document, answer, field) for answer in rollouts]
             composed.append(GroupRollouts(group.position, queries, documents))
         return composed
 

@@ -43,7 +43,7 @@ def run_command(command: Callable[[], None]) -> int:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on", file=sys.stderr)
+        print("interrupted: the same command goes on from what has been saved", file=sys.stderr)
         return 130
     return 0
 

@@ -91,25 +91,23 @@ def plot_rewards(history: list[dict], path: Path) -> None:
 
 
 def print_examples(console: Console, collection: Collection, folder: Path, before: dict, after: dict, count: int = 3):
-    """Prints the test queries that gained most, each with its words and those of a relevant document."""
+    """Prints the test queries that gained most, each with what was added to it and to a relevant document."""
     untrained = AugmentedCollection.load(folder / "untrained")
     trained = AugmentedCollection.load(folder / "trained")
     gains = sorted(before, key=lambda id_: before[id_] - after[id_])
+    console.print("\nThe test queries that gained most; words that query and document share are in capitals:")
     for query_id in gains[:count]:
         document_id = collection.relevant_documents(query_id)[0]
-        console.print(
-            f"\n[bold]{collection.queries[query_id]}[/bold]  ({MEASURE} {before[query_id]:.2f} → {after[query_id]:.2f})"
-        )
-        console.print(f"  relevant document: {collection.corpus[document_id].text}")
+        console.print(f"\n{MEASURE} {before[query_id]:.2f} → {after[query_id]:.2f}")
+        console.print(f"  query      {collection.queries[query_id]}")
+        console.print(f"  document   {collection.corpus[document_id].text}")
         for label, augmented in (("untrained", untrained), ("trained", trained)):
             query_words = augmented.answers["query"][query_id].split()
             document_words = augmented.answers["document"][document_id].split()
             shared = set(query_words) & set(document_words)
-            marked = [
-                " ".join(f"[green]{word}[/green]" if word in shared else word for word in words)
-                for words in (query_words, document_words)
-            ]
-            console.print(f"  {label:>9}  query + {marked[0]}   document + {marked[1]}")
+            for side, words in (("query", query_words), ("document", document_words)):
+                marked = " ".join(word.upper() if word in shared else word for word in dict.fromkeys(words))
+                console.print(f"  {label:>9}  {side:>8} + {marked}", style="bold" if label == "trained" else None)
 
 
 def main():
@@ -149,7 +147,7 @@ def main():
     history = json.loads((output_dir / "trained" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     plot_rewards(history, output_dir / "reward.png")
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     table = Table(
         title=f"{MEASURE} on {test['num_queries']} held-out test queries, BM25 over {len(collection.corpus)} documents"
     )

@@ -179,7 +179,7 @@ def test_interruption_says_how_to_go_on(capsys):
         raise KeyboardInterrupt
 
     assert cli.run_command(interrupted) == 130
-    assert capsys.readouterr().err == "interrupted: run the same command again to go on\n"
+    assert capsys.readouterr().err == "interrupted: the same command goes on from what has been saved\n"
 
 
 def test_a_fault_of_the_program_is_not_dressed_up_as_bad_input():

@@ -170,6 +170,21 @@ def assert_no_ties(scores):
         assert not any(one & other for one, other in itertools.combinations(seen, 2))
 
 
+class EqualScores(Retriever):
+    """Every document scores the same, so a pool's order alone decides."""
+
+    kind = "sparse"
+    config = {}
+
+    def score(self, queries, documents):
+        return np.ones((len(queries), len(documents)))
+
+    def unused(self, *args):
+        raise NotImplementedError
+
+    fit = state = load_state = index = search = save = load = unused
+
+
 @pytest.mark.parametrize("relevant_weight", [0.0, 10.0])
 @pytest.mark.parametrize("pool", ["group", "batch"])
 @pytest.mark.parametrize("augment", ["both", "query", "document"])
@@ -239,6 +254,36 @@ def test_rewards_equal_an_enumeration_of_all_draws(uneven, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-9)
 
 
+def test_every_step_samples_anew(uneven, tmp_path):
+    """With one document no order can differ: the query's reward is how often its one matching rollout is drawn."""
+    rows = make_rows([Group(0, ("train-sugar",), ("running-2",), 1)])
+    args = settings(tmp_path, reward_estimator="sampled", num_reward_samples=101)
+    reward = JointReward(uneven, fitted(uneven), PROMPT_SET, args)
+    values = [call(reward, rows, ["", "", "", "sweet lemonade", "", ""], step)[0] for step in range(3)]
+    assert len(set(values)) > 1 and all(0.15 < value < 0.5 for value in values)
+
+
+@pytest.mark.parametrize("pool", ["group", "batch"])
+@pytest.mark.parametrize(
+    ("augment", "num_rows", "per_document"), [("both", 3, 3), ("query", 3, 1), ("document", 1, 3)]
+)
+def test_a_side_that_is_not_augmented_has_one_rollout(collection, tmp_path, augment, num_rows, per_document, pool):
+    shapes = []
+
+    class Counting(EqualScores):
+        def score(self, queries, documents):
+            shapes.append((len(queries), len(documents)))
+            return super().score(queries, documents)
+
+    groups = GROUPS[:2]  # they share two of their documents
+    rows = make_rows(groups, augment)
+    args = settings(tmp_path, augment=augment, candidate_pool=pool)
+    call(JointReward(collection, Counting(), PROMPT_SET, args), rows, [""] * len(rows))
+    in_batch = 6 if augment == "query" else 8 * per_document
+    expected = [(num_rows, 4 * per_document)] * 2 if pool == "group" else [(2 * num_rows, in_batch)]
+    assert shapes == expected
+
+
 def test_documents_of_other_groups_compete_in_the_batch_pool_only(collection, tmp_path):
     rows = make_rows(GROUPS)
     answers = make_answers(len(rows), seed=1)
@@ -302,30 +347,17 @@ def test_labels_come_from_the_judgments_not_from_the_role_in_a_group(collection,
     np.testing.assert_allclose(rewards[second], 0.0)
 
 
-class EqualScores(Retriever):
-    """Every document scores the same, so a pool's order alone decides."""
-
-    kind = "sparse"
-    config = {}
-
-    def score(self, queries, documents):
-        return np.ones((len(queries), len(documents)))
-
-    def unused(self, *args):
-        raise NotImplementedError
-
-    fit = state = load_state = index = search = save = load = unused
-
-
 def places_of_ties(collection, args, step) -> dict[str, int]:
-    """The place of each document of a pool where all scores are equal, found by making it the one relevant document."""
-    groups = [
-        Group(0, ("train-statins",), ("statins-0", "statins-1", "statins-4", "gluten-1", "coffee-3", "salt-2"), 3),
-    ]
+    """
+    The place of each document of a pool where all scores are equal, found by making it the one relevant document,
+    which stands first in its group.
+    """
+    documents = ("statins-0", "statins-1", "statins-4", "gluten-1", "coffee-3", "salt-2")
     places = {}
-    for document_id in groups[0].documents:
+    for document_id in documents:
         judged = replace(collection, qrels={"train-statins": {document_id: 1}})
-        rows = make_rows(groups)
+        others = tuple(other for other in documents if other != document_id)
+        rows = make_rows([Group(0, ("train-statins",), (document_id, *others), 1)])
         rewards = call(JointReward(judged, EqualScores(), PROMPT_SET, args), rows, [""] * len(rows), step)
         places[document_id] = round(2 ** (1 / rewards[0]) - 1)
     return places

@@ -144,6 +144,15 @@ def test_groups_are_those_of_one_process(two, one_process_groups):
     assert [len(batch) for batch in two[0]["training"]["groups"]] == [2, 2, 2]
 
 
+def test_each_process_trains_on_its_own_share_of_the_logged_advantages(two):
+    for one, other in zip(*(results["training"]["advantages"] for results in two), strict=True):
+        assert len(one) == len(other) == 36 and one != other
+    together = [
+        one + other for one, other in zip(*(results["training"]["advantages"] for results in two), strict=True)
+    ]
+    assert [results["training"]["logged"] for results in two] == [together, together]
+
+
 @pytest.mark.parametrize("name", ["training", "iterations"])
 def test_all_parameters_change_and_stay_equal(two, output_dir, name):
     assert [results[name]["unchanged"] for results in two] == [[], []]

@@ -20,15 +20,18 @@ from coaug_trl.rewards.joint import JointReward
 
 
 class RecordingTrainer(CoAugTrainer):
-    """Keeps the groups of this process, generation batch by generation batch."""
+    """Keeps this process's groups and advantages, and the advantages logged for both."""
 
     def __init__(self, *args, **kwargs):
-        self.groups = []
+        self.groups, self.advantages, self.logged = [], [], []
         super().__init__(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs):
         self.groups.append([[group.position, group.queries, group.documents] for group in inputs])
-        return super()._generate_and_score_completions(inputs)
+        output = super()._generate_and_score_completions(inputs)
+        self.advantages.append(output["advantages"].tolist())
+        self.logged.append(list(self._logs["advantages"]))
+        return output
 
 
 class FailsOnTheSecondProcess(BM25Retriever):
@@ -105,7 +108,14 @@ def train_and_resume(given, output_dir, steps, **changes) -> dict:
         resumed[step] = [equal(weights(again), after), again.groups == trainer.groups[first:]]
     unchanged = [name for name in before if torch.equal(before[name], after[name])]
     gradients = [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log]
-    return {"unchanged": unchanged, "gradients": gradients, "groups": trainer.groups, "resumed": resumed}
+    return {
+        "unchanged": unchanged,
+        "gradients": gradients,
+        "groups": trainer.groups,
+        "advantages": trainer.advantages,
+        "logged": trainer.logged,
+        "resumed": resumed,
+    }
 
 
 def failures(given, output_dir) -> dict[str, str]:

@@ -26,7 +26,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: $(INSTALLED)
 	@rm -rf $(OUT)
 	@$(BIN)/python scripts/make_quickstart_model.py --output_dir $(OUT)/untrained --seed $(SEED)
-	@$(BIN)/accelerate launch --config_file recipes/accelerate_configs/single.yaml scripts/train.py \
+	@$(BIN)/accelerate launch --config_file recipes/accelerate_configs/single.yaml --num_cpu_threads_per_process 2 scripts/train.py \
 		--config recipes/quickstart.yaml --model_name_or_path $(OUT)/untrained --output_dir $(OUT)/trained --seed $(SEED)
 	@$(BIN)/python scripts/quickstart_report.py --output_dir $(OUT)
 

@@ -27,6 +27,7 @@ logger = get_logger(__name__)
 
 # With all fields argparse's own usage would be 200 lines before each error.
 USAGE = "coaug train --config RECIPE [--field value ...]"
+DTYPES = ("float32", "bfloat16", "float16", "auto")
 # Shown beside the progress bar; all metrics are in trainer_state.json and go to report_to.
 SHOWN = {"reward": "reward", "query/answer_rate": "answers", "entropy": "entropy"}
 
@@ -210,6 +211,8 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[CoAugScriptArgu
         raise InputError(
             "model_name_or_path is missing; give a folder or a Hub id, such as Qwen/Qwen2.5-0.5B-Instruct."
         )
+    if model_args.dtype not in DTYPES:
+        raise InputError(f"dtype is {model_args.dtype!r}; use one of {', '.join(DTYPES)}.")
     return script_args, training_args, model_args
 
 

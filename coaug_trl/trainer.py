@@ -107,6 +107,7 @@ class CoAugTrainer(GRPOTrainer):
         self.eval_collection = eval_collection
         self.retriever = retriever
         self.prompt_set = prompt_set
+        self._cut_said = set()
         groups = CompositeGroups(
             train_collection,
             num_queries=args.queries_per_group,
@@ -229,11 +230,13 @@ class CoAugTrainer(GRPOTrainer):
         self._logs["advantages"].extend(advantages.tolist())
         self._log_text_types(rewards, advantages, self._clipped(output), columns)
         num_cut = self.accelerator.gather(torch.tensor([num_cut], device=advantages.device)).sum().item()
-        self._log_cut(num_cut, "this generation batch")
+        self._metrics["train"]["documents_cut"].append(num_cut)
+        self._log_cut(num_cut, "a generation batch")
         return output
 
     def _log_cut(self, num_cut: int, where: str):
-        if num_cut:
+        if num_cut and where not in self._cut_said:  # the same documents are cut again and again
+            self._cut_said.add(where)
             logger.info(f"{num_cut} documents of {where} were cut to {self.prompt_set.max_document_tokens} tokens")
 
     def _clipped(self, output: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -449,3 +449,25 @@ def test_an_error_names_the_process_and_its_cause(collection, tmp_path, pool):
     with pytest.raises(RuntimeError, match="process 0: KeyError: 'no such term'") as raised:
         call(reward, rows, [""] * len(rows))
     assert isinstance(raised.value.__cause__, KeyError)
+
+
+def test_with_two_fields_an_answer_joins_the_title(uneven, tmp_path):
+    retriever = BM25Retriever(fields="best")
+    retriever.fit(list(uneven.corpus.values()))
+    reward = JointReward(uneven, retriever, PROMPT_SET, settings(tmp_path, num_generations=2, relevant_weight=0.0))
+    group = Group(0, ("train-statins",), ("statins-0", "gluten-1"), 1)
+    rows = make_rows([group], rollouts=2)
+    answers = ["wheat bread", "heart attack", "unheard invented", "", "heart attack", "statin tablets"]
+
+    documents = {id_: uneven.corpus[id_] for id_ in group.documents}
+    titled = [
+        replace(documents[id_], title=f"{documents[id_].title}\n{answer}" if answer else documents[id_].title)
+        for id_, answer in zip(("statins-0", "statins-0", "gluten-1", "gluten-1"), answers[2:], strict=True)
+    ]
+    queries = [f"{uneven.queries['train-statins']}\n{answer}" for answer in answers[:2]]
+    scores = retriever.score(queries, titled).reshape(1, 2, 2, 2)
+    assert_no_ties(scores[0])
+    relevance = np.array([[uneven.qrels["train-statins"].get(id_, 0) for id_ in group.documents]])
+    query_rewards, document_rewards = exact_ndcg_rewards(scores, relevance, 3, 0.0)
+    expected = [*query_rewards.ravel(), *document_rewards.ravel()]
+    np.testing.assert_allclose(call(reward, rows, answers), expected, atol=1e-12)

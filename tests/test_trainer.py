@@ -392,7 +392,7 @@ def test_long_documents_are_cut_and_counted_in_one_line(build, dev_collection, t
     in_batch = [corpus[id_] for group in trainer.outputs[0]["groups"] for id_ in group.documents]
     assert lines == [
         f"{num_long(corpus.values())} documents of the dev collection were cut to 5 tokens",
-        f"{num_long(in_batch)} documents of this generation batch were cut to 5 tokens",
+        f"{num_long(in_batch)} documents of a generation batch were cut to 5 tokens",
     ]
     table = completions(trainer, 1)
     for row in table.itertuples():

@@ -353,17 +353,20 @@ class CoAugTrainer(GRPOTrainer):
                 self.prompt_set.compose_document(document, answer, self.retriever.answer_field)
                 for document, answer in zip(documents, answers, strict=True)
             ]
-        frozen_hits = self.retriever.rank(list(queries.values()), documents, EVAL_DEPTH)
+        texts = list(queries.values())
         deployed = copy.copy(self.retriever)
         deployed.index(documents)
-        deployed_hits = deployed.search(list(queries.values()), EVAL_DEPTH)
-        if self.args.refresh_statistics:
-            self.retriever.load_state(deployed.state())
-
         measure = f"nDCG@{k}"
+        hits = {measure: deployed.search(texts, EVAL_DEPTH)}
+        if self.retriever.kind == "sparse":  # dense scores take no statistics from the corpus
+            hits[f"{measure}_reward_statistics"] = self.retriever.rank(texts, documents, EVAL_DEPTH)
+            # Statistics of another corpus would say nothing of the words of this one.
+            if self.args.refresh_statistics and collection.name == self.train_collection.name:
+                self.retriever.load_state(deployed.state())
+
         metrics = {}
-        for name, hits in ((measure, deployed_hits), (f"{measure}_reward_statistics", frozen_hits)):
-            run = {query_id: dict(found) for query_id, found in zip(queries, hits, strict=True)}
+        for name, found in hits.items():
+            run = {query_id: dict(documents) for query_id, documents in zip(queries, found, strict=True)}
             metrics[f"{metric_key_prefix}_{name}"] = evaluate_run(collection.qrels, run, (measure,))[0][measure]
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(queries))
 

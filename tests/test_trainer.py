@@ -489,6 +489,13 @@ def test_statistics_are_refreshed_only_if_asked_for(build, dev_collection, expan
         assert first["eval_nDCG@10_reward_statistics"] == second["eval_nDCG@10_reward_statistics"]
 
 
+def test_statistics_of_another_collection_are_not_taken(build, dev_collection, expanding_model, tmp_path):
+    trainer = build(tmp_path, eval_collection=replace(dev_collection, name="another"), model=expanding_model)
+    before = trainer.retriever.state()
+    trainer.evaluate()
+    assert trainer.retriever.state() == before
+
+
 def test_frozen_statistics_give_their_own_measure(build, dev_collection, expanding_model, tmp_path):
     trainer = build(tmp_path, eval_collection=dev_collection, model=expanding_model)
     metrics = trainer.evaluate()

@@ -13,6 +13,7 @@ _PUBLIC = {
     "CoAugConfig": "config",
     "CoAugTrainer": "trainer",
     "Collection": "data",
+    "DenseRetriever": "retrieval",
     "Document": "data",
     "InputError": "errors",
     "PromptSet": "prompts",
@@ -25,6 +26,7 @@ __all__ = [
     "CoAugConfig",
     "CoAugTrainer",
     "Collection",
+    "DenseRetriever",
     "Document",
     "InputError",
     "PromptSet",
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from .data import Collection, Document
     from .errors import InputError
     from .prompts import PromptSet
-    from .retrieval import BM25Retriever
+    from .retrieval import BM25Retriever, DenseRetriever
     from .rewards import exact_ndcg_rewards, sampled_ndcg_rewards
     from .trainer import CoAugTrainer
 

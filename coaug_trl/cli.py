@@ -1,12 +1,26 @@
 """The `coaug` command."""
 
 import argparse
+import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .errors import InputError
+from .files import write_json, write_jsonl
+
+
+# Everything heavier is imported by the command that needs it, so that --help answers at once.
+if TYPE_CHECKING:
+    from .augment import Augmentation, AugmentedCollection
+    from .data import Collection, Document
+    from .prompts import PromptSet
+    from .retrieval import BM25Retriever
+
+INDEX_MANIFEST = "manifest.json"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,29 +84,58 @@ def _parser() -> argparse.ArgumentParser:
     augment.add_argument("--batch_size", type=int, default=32, help="texts generated for at once; default: 32")
     augment.set_defaults(run=_augment)
 
+    index = commands.add_parser("index", help="index a collection, with or without augmentations, to search it")
+    _add_collection(index, None)
+    _add_retriever(index)
+    index.add_argument("--augmentations", metavar="DIR", help="folder made by coaug augment; default: none")
+    index.add_argument("--output", required=True, metavar="DIR", help="folder of the index")
+    index.set_defaults(run=_index)
+
+    search = commands.add_parser("search", help="search an index, with or without a policy that augments the queries")
+    search.add_argument("--index", required=True, metavar="DIR", help="folder made by coaug index")
+    search.add_argument("--model", help="policy that augments the queries: a folder or a Hub id; default: none")
+    search.add_argument("--k", type=int, default=10, help="hits for a query; default: 10")
+    search.add_argument("--json", action="store_true", help="print a JSON object for each query")
+    search.add_argument("queries", nargs="+", metavar="QUERY", help="text to search for")
+    search.set_defaults(run=_search)
+
     evaluate = commands.add_parser("evaluate", help="retrieve and measure, with or without augmentations")
     _add_collection(evaluate, "test")
-    evaluate.add_argument("--retriever", choices=["bm25"], default="bm25", help="default: bm25")
-    _add_bm25(evaluate)
+    _add_retriever(evaluate)
     evaluate.add_argument("--augmentations", metavar="DIR", help="folder made by coaug augment; default: none")
     evaluate.add_argument("--side", choices=["query", "document", "both"], default="both", help="side to augment")
     evaluate.add_argument("--k", type=int, default=1000, help="depth of the run; default: 1000")
+    evaluate.add_argument(
+        "--ignore_identical_ids",
+        action="store_true",
+        help="leave out the document with the id of the query, where queries are documents: ArguAna, Quora",
+    )
     evaluate.add_argument("--output", required=True, metavar="DIR", help="folder of the evaluation")
     evaluate.set_defaults(run=_evaluate)
+
+    compare = commands.add_parser("compare", help="test evaluations against each other, pair by pair")
+    compare.add_argument("folders", nargs="+", metavar="RUN_DIR", help="evaluation folders, the baseline first")
+    compare.add_argument("--measures", nargs="+", metavar="MEASURE", help="such as nDCG@10; default: all there are")
+    compare.add_argument(
+        "--format", choices=["table", "markdown", "latex"], default="table", help="of the tables; default: table"
+    )
+    compare.set_defaults(run=_compare)
     return parser
 
 
 _UNTRAINED = "for a model that was not trained with coaug; default: {}"
 
 
-def _add_collection(parser: argparse.ArgumentParser, split: str) -> None:
+def _add_collection(parser: argparse.ArgumentParser, split: str | None) -> None:
     parser.add_argument(
         "--collection", required=True, help="BEIR folder, Hub id, irds:NAME for ir_datasets, or vocabulary-gap"
     )
-    parser.add_argument("--split", default=split, help=f"split whose queries are meant; default: {split}")
+    default = split or "the first, since every split has the same documents"
+    parser.add_argument("--split", default=split, help=f"split whose queries are meant; default: {default}")
 
 
-def _add_bm25(parser: argparse.ArgumentParser) -> None:
+def _add_retriever(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--retriever", choices=["bm25"], default="bm25", help="default: bm25")
     parser.add_argument("--fields", choices=["flat", "best"], help="title and text as one field or two; default: flat")
     parser.add_argument("--k1", type=float, help="default: 1.2")
     parser.add_argument("--b", type=float, help="default: 0.75")
@@ -133,15 +176,225 @@ def _augment(options: argparse.Namespace) -> None:
     print(f"{Path(options.output) / MANIFEST}")
 
 
-def _evaluate(options: argparse.Namespace) -> None:
-    from .augment import AugmentedCollection
+def _index(options: argparse.Namespace) -> None:
     from .data import Collection
-    from .evaluation import save_evaluation
+    from .data.loaders import open_source
     from .policy import package_versions
+    from .prompts import PROMPT_SET_FILE
+
+    output = Path(options.output)
+    _refuse_other_content(output)
+    split = options.split or open_source(options.collection).splits[0]
+    collection = Collection.load(options.collection, split)
+    print(collection.summary())
+    augmented, retriever = _augmented_and_retriever(options, collection, ("document",))
+    retriever.index(_documents(collection, augmented, retriever))
+
+    manifest = {
+        "finished": False,
+        "collection": collection.name,
+        "num_documents": len(collection.corpus),
+        "retriever": retriever.config,
+        "augmentations": augmented.manifest if augmented else None,
+        "versions": package_versions(),
+    }
+    # Until the last line the manifest says that the index is not finished, also where it replaces another.
+    write_json(output / INDEX_MANIFEST, manifest)
+    (output / PROMPT_SET_FILE).unlink(missing_ok=True)
+    retriever.save(output)
+    # The documents as they are, not as they are indexed: a search shows what its user knows of the collection.
+    write_jsonl(
+        output / "documents.jsonl",
+        (
+            {"_id": document.id, "title": document.title, "text": document.text}
+            for document in collection.corpus.values()
+        ),
+    )
+    if augmented:
+        augmented.prompt_set.save(output)
+    write_json(output / INDEX_MANIFEST, manifest | {"finished": True})
+    print(
+        f"{len(collection.corpus):,} documents indexed, {'with' if augmented else 'without'} augmentations; {output}"
+    )
+
+
+def _refuse_other_content(folder: Path) -> None:
+    """Refuses a folder that holds something other than an index, such as the augmentations to be indexed."""
+    if folder.is_dir() and any(folder.iterdir()) and "finished" not in _read_index_manifest(folder):
+        raise InputError(f"{folder} holds something other than an index; choose another folder.")
+
+
+def _read_index_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an index, or an empty dictionary if there is none that can be read."""
+    try:
+        manifest = json.loads((folder / INDEX_MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def _search(options: argparse.Namespace) -> None:
+    folder = Path(options.index)
+    for query in options.queries:
+        if not query.strip():
+            raise InputError("A query is empty; write what to search for.")
+        try:
+            query.encode()
+        except UnicodeEncodeError:  # how Python reads arguments that are not UTF-8
+            raise InputError(f"The query {query!r} is not UTF-8; check the encoding of the terminal.") from None
+    if options.k < 1:
+        raise InputError(f"k is the number of hits wanted, at least 1, not {options.k}.")
+    manifest = _read_index_manifest(folder)
+    if not manifest.get("finished"):
+        fault = "the index was begun but not finished" if "finished" in manifest else "there is no index"
+        raise InputError(f"{folder}: {fault}; make it with coaug index.")
     from .retrieval import BM25Retriever
+
+    try:
+        retriever = BM25Retriever.load(folder)
+    except (ValueError, EOFError) as error:  # JSON or arrays cut short
+        raise InputError(f"{folder}: the index is damaged ({error}); index the collection again.") from None
+
+    augmentations, texts = [None] * len(options.queries), options.queries
+    if options.model:
+        augmentations, prompt_set = _augment_queries(options, manifest, retriever)
+        texts = [
+            prompt_set.compose_query(query, augmentation.answer)
+            for query, augmentation in zip(options.queries, augmentations, strict=True)
+        ]
+    hits = retriever.search(texts, options.k)
+    documents = _read_documents(folder / "documents.jsonl", {id_ for found in hits for id_, _ in found})
+    for query, augmentation, found in zip(options.queries, augmentations, hits, strict=True):
+        answer = augmentation.answer if augmentation else None
+        rows = [
+            {"rank": rank, "score": score} | documents[document_id]
+            for rank, (document_id, score) in enumerate(found, start=1)
+        ]
+        if options.json:
+            print(json.dumps({"query": query, "augmentation": answer, "hits": rows}, ensure_ascii=False))
+        else:
+            _print_hits(query, answer, rows)
+
+
+def _augment_queries(
+    options: argparse.Namespace, manifest: dict[str, Any], retriever: "BM25Retriever"
+) -> tuple[list["Augmentation"], "PromptSet"]:
+    """Augments queries with the settings of the policy, which must be those of the index."""
+    from .augment import Augmenter
+    from .policy import GenerationSettings, PolicySettings
+    from .prompts import PromptSet
+
+    made_with = manifest["augmentations"]
+    trained = PolicySettings.load(options.model) if Path(options.model).is_dir() else None
+    if trained:
+        prompt_set, generation = trained.prompt_set, trained.generation
+        if trained.retriever and trained.retriever != retriever.config:
+            theirs, ours = trained.retriever, retriever.config
+            differences = ", ".join(
+                f"{name} is {theirs.get(name)} for the policy and {ours.get(name)} for the index"
+                for name in theirs | ours
+                if theirs.get(name) != ours.get(name)
+            )
+            raise InputError(
+                f"The policy {options.model} and the index {options.index} differ in their retriever: {differences}; "
+                "index the collection with the settings of the policy."
+            )
+    elif made_with:
+        prompt_set, generation = PromptSet.load(options.index), GenerationSettings(**made_with["generation"])
+    else:
+        prompt_set, generation = PromptSet.default(retriever.kind), GenerationSettings()
+    if made_with and prompt_set.hash != made_with["prompt_hash"]:
+        raise InputError(
+            f"{options.model} has the prompt set {prompt_set.hash}, but the documents of {options.index} were "
+            f"augmented with {made_with['prompt_hash']}; augment and index the collection with this model."
+        )
+    if prompt_set.kind != retriever.kind:
+        raise InputError(
+            f"{options.model} has prompts for {prompt_set.kind} retrievers, and the retriever of {options.index} is "
+            f"{retriever.kind}."
+        )
+    augmenter = Augmenter.from_pretrained(options.model, prompt_set, generation)
+    if made_with and augmenter.revision != made_with["revision"]:
+        print(
+            f"note: the queries are augmented by {augmenter.name} ({augmenter.revision}), the documents were by "
+            f"{made_with['model']} ({made_with['revision']}); only one model for both sides has agreed on its words",
+            file=sys.stderr,
+        )
+    return augmenter.generate("query", options.queries), prompt_set
+
+
+def _read_documents(path: Path, ids: set[str]) -> dict[str, dict[str, Any]]:
+    """The documents with these ids; the others of a large collection are not kept in memory."""
+    documents = {}
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            if row["_id"] in ids:
+                documents[row["_id"]] = row
+    if len(documents) < len(ids):
+        raise InputError(f"{path} is damaged: a document is missing; index the collection again.")
+    return documents
+
+
+def _print_hits(query: str, answer: str | None, rows: list[dict[str, Any]]) -> None:
+    print(query)
+    if answer is not None:
+        print(f"  + {' '.join(answer.split())}" if answer else "  (nothing added)")
+    if not rows:
+        print("  nothing found")
+    width = max((len(row["_id"]) for row in rows), default=0)
+    for row in rows:
+        line = f"{row['rank']:>4}  {row['score']:>8.4f}  {row['_id']:<{width}}  "
+        columns = max(shutil.get_terminal_size().columns - len(line), 20)
+        shown = " ".join(f"{row['title']} | {row['text']}".split()).strip("| ")
+        print(line + (shown if len(shown) <= columns else f"{shown[: columns - 1]}…"))
+    print()
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from .data import Collection
+    from .evaluation import retrieve, save_evaluation
+    from .policy import package_versions
 
     collection = Collection.load(options.collection, options.split)
     print(collection.summary())
+    augmented, retriever = _augmented_and_retriever(options, collection, _sides(options.side))
+    if augmented:
+        queries = augmented.queries(collection)
+    else:
+        queries = {query_id: collection.queries[query_id] for query_id in collection.qrels}
+    retriever.index(_documents(collection, augmented, retriever))
+    run = retrieve(retriever, queries, options.k, options.ignore_identical_ids)
+    manifest = {
+        "collection": collection.name,
+        "split": collection.split,
+        "retriever": retriever.config,
+        "depth": options.k,
+        "ignore_identical_ids": options.ignore_identical_ids,
+        "augmentations": augmented.manifest if augmented else None,
+        "augmented_sides": sorted(augmented.answers) if augmented else [],
+        "versions": package_versions(),
+    }
+    metrics = save_evaluation(options.output, run, collection.qrels, manifest)
+    for name, value in metrics.items():
+        if isinstance(value, float):
+            print(f"{name:>8}  {value:.4f}")
+    print(
+        f"over {metrics['num_queries']:,} judged queries, of which {metrics['num_queries_without_hits']:,} found "
+        f"nothing and count 0; {options.output}"
+    )
+
+
+def _augmented_and_retriever(
+    options: argparse.Namespace, collection: "Collection", sides: tuple[str, ...]
+) -> tuple["AugmentedCollection | None", "BM25Retriever"]:
+    """What `index` and `evaluate` work with, refused where it does not belong together."""
+    from .augment import AugmentedCollection
+    from .retrieval import BM25Retriever
+
     given = {
         name: getattr(options, name)
         for name in ("fields", "k1", "b", "language")
@@ -149,7 +402,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     }
     augmented, trained_with = None, {}
     if options.augmentations:
-        augmented = AugmentedCollection.load(options.augmentations, _sides(options.side))
+        augmented = AugmentedCollection.load(options.augmentations, sides)
         trained_with = augmented.manifest["retriever"]
     # What the policy was trained for is the default, and nothing else is accepted.
     settings = {"retriever": options.retriever} | trained_with | given
@@ -174,32 +427,21 @@ def _evaluate(options: argparse.Namespace) -> None:
             f"{options.augmentations} belongs to the collection {augmented.manifest['collection']}, not to "
             f"{collection.name}."
         )
-    if augmented:
-        queries = augmented.queries(collection)
-        documents = augmented.documents(collection, retriever.answer_field)
-    else:
-        queries = {query_id: collection.queries[query_id] for query_id in collection.qrels}
-        documents = list(collection.corpus.values())
-    retriever.index(documents)
-    hits = retriever.search(list(queries.values()), options.k)
-    run = {query_id: dict(found) for query_id, found in zip(queries, hits, strict=True)}
-    manifest = {
-        "collection": collection.name,
-        "split": collection.split,
-        "retriever": retriever.config,
-        "depth": options.k,
-        "augmentations": augmented.manifest if augmented else None,
-        "augmented_sides": sorted(augmented.answers) if augmented else [],
-        "versions": package_versions(),
-    }
-    metrics = save_evaluation(options.output, run, collection.qrels, manifest)
-    for name, value in metrics.items():
-        if isinstance(value, float):
-            print(f"{name:>8}  {value:.4f}")
-    print(
-        f"over {metrics['num_queries']:,} judged queries, of which {metrics['num_queries_without_hits']:,} found "
-        f"nothing and count 0; {options.output}"
-    )
+    return augmented, retriever
+
+
+def _documents(
+    collection: "Collection", augmented: "AugmentedCollection | None", retriever: "BM25Retriever"
+) -> list["Document"]:
+    if augmented is None:
+        return list(collection.corpus.values())
+    return augmented.documents(collection, retriever.answer_field)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from .compare import compare_folders
+
+    print(compare_folders(options.folders, options.measures).render(options.format))
 
 
 if __name__ == "__main__":

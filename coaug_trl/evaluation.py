@@ -1,11 +1,13 @@
 """Measures of runs, significance of differences, and the folder that keeps an evaluation."""
 
+import json
 import math
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ir_measures
 import numpy as np
@@ -15,10 +17,49 @@ from .errors import InputError
 from .files import atomic_open, write_json, write_jsonl
 
 
+if TYPE_CHECKING:
+    from .retrieval.base import Retriever
+
 MEASURES = ("nDCG@10", "R@100", "RR@10", "AP")
 
 Qrels = dict[str, dict[str, int]]
 Run = dict[str, dict[str, float]]
+
+
+def retrieve(
+    retriever: "Retriever", queries: dict[str, str], k: int = 1000, ignore_identical_ids: bool = False
+) -> Run:
+    """
+    Searches for every query.
+
+    Args:
+        retriever ([`~coaug_trl.retrieval.base.Retriever`]):
+            With an index.
+        queries (`dict[str, str]`):
+            Texts to search for, by query id.
+        k (`int`, *optional*, defaults to `1000`):
+            The most hits a query gets.
+        ignore_identical_ids (`bool`, *optional*, defaults to `False`):
+            Whether to leave out a hit with the id of the query, and take the next one instead. For collections whose
+            queries are documents of the corpus, such as ArguAna and Quora, where each would find itself first; BEIR's
+            own evaluation does the same.
+
+    Returns:
+        `dict[str, dict[str, float]]`: query id to document id to score, best first. A query that finds nothing has an
+        empty dictionary.
+
+    Raises:
+        `InputError`: `k` is less than 1.
+    """
+    if k < 1:
+        raise InputError(f"k is the number of hits wanted, at least 1, not {k}.")
+    run = {}
+    found = retriever.search(list(queries.values()), k + ignore_identical_ids)
+    for query_id, hits in zip(queries, found, strict=True):
+        if ignore_identical_ids:
+            hits = [hit for hit in hits if hit[0] != query_id][:k]
+        run[query_id] = dict(hits)
+    return run
 
 
 def evaluate_run(
@@ -198,3 +239,86 @@ def save_evaluation(folder: str | Path, run: Run, qrels: Qrels, manifest: dict[s
     write_json(folder / "manifest.json", manifest)
     write_json(folder / "metrics.json", metrics)
     return metrics
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """
+    An evaluation folder, read.
+
+    Args:
+        metrics (`dict[str, Any]`):
+            Content of `metrics.json`.
+        per_query (`dict[str, dict[str, float]]`):
+            Query id to measure to value; every query has the same measures.
+        manifest (`dict[str, Any]`):
+            How the run was made.
+    """
+
+    metrics: dict[str, Any]
+    per_query: dict[str, dict[str, float]]
+    manifest: dict[str, Any]
+
+    @property
+    def measures(self) -> list[str]:
+        """Names of the measures of each query."""
+        return list(next(iter(self.per_query.values())))
+
+
+def load_evaluation(folder: str | Path) -> Evaluation:
+    """
+    Reads what [`save_evaluation`] wrote, the run and the judgments excepted.
+
+    Args:
+        folder (`str` or `Path`):
+            The evaluation folder.
+
+    Returns:
+        [`Evaluation`]: with the queries in the order of the file.
+
+    Raises:
+        `InputError`: a file is missing or damaged, or the values of the queries do not have the means that
+            `metrics.json` states, as when an evaluation was begun anew there and interrupted.
+    """
+    folder = Path(folder)
+    missing = [name for name in ("per_query.jsonl", "manifest.json", "metrics.json") if not (folder / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{folder} is not a finished evaluation: {', '.join(missing)} is missing; make it with coaug evaluate."
+        )
+    metrics, manifest = _read_object(folder / "metrics.json"), _read_object(folder / "manifest.json")
+    path = folder / "per_query.jsonl"
+    per_query: dict[str, dict[str, float]] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            query_id = row.pop("_id")
+            values = {name: float(value) for name, value in row.items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{path}, line {number}: not an _id and values of measures; evaluate again.") from None
+        if per_query and values.keys() != next(iter(per_query.values())).keys():
+            raise InputError(f"{path}, line {number}: other measures than on the lines before; evaluate again.")
+        if query_id in per_query:
+            raise InputError(f"{path}, line {number}: query {query_id!r} is there twice; evaluate again.")
+        per_query[query_id] = values
+    if not per_query:
+        raise InputError(f"{path} has no query; evaluate again.")
+    evaluation = Evaluation(metrics, per_query, manifest)
+    for name in evaluation.measures:
+        mean, stated = fmean(values[name] for values in per_query.values()), metrics.get(name)
+        if not isinstance(stated, (int, float)) or not math.isclose(mean, stated, abs_tol=1e-9):
+            raise InputError(
+                f"{folder}: the mean {name} of per_query.jsonl is {mean:.4f}, but metrics.json says {stated}: the "
+                "files are not of one evaluation; evaluate again."
+            )
+    return evaluation
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); evaluate again.") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a JSON object; evaluate again.")
+    return content

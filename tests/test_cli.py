@@ -122,11 +122,15 @@ def test_version_is_the_packages(coaug):
 def test_help_names_every_command_and_option(coaug):
     code, listed, _ = coaug("--help")
     assert code == 0
-    for command in ("train", "augment", "evaluate"):
+    for command in ("train", "augment", "index", "search", "evaluate", "compare"):
         assert command in listed
     for command, options in (
         ("augment", ["--model", "--collection", "--split", "--side", "--output", "--prompt_set", "--batch_size"]),
         ("evaluate", ["--collection", "--split", "--retriever", "--fields", "--augmentations", "--output", "--k"]),
+        ("evaluate", ["--ignore_identical_ids"]),
+        ("index", ["--collection", "--split", "--retriever", "--fields", "--augmentations", "--output"]),
+        ("search", ["--index", "--model", "--k", "--json"]),
+        ("compare", ["RUN_DIR", "--measures", "--format"]),
     ):
         code, listed, _ = coaug(command, "--help")
         assert code == 0
@@ -143,6 +147,10 @@ def test_help_names_every_command_and_option(coaug):
         ["augment", "--model", "m"],
         ["evaluate", "--collection", "c", "--output", "o", "--k", "ten"],
         ["evaluate", "--collection", "c", "--output", "o", "--retriever", "elastic"],
+        ["index", "--collection", "c"],
+        ["search", "--index", "i"],
+        ["compare"],
+        ["compare", "a", "b", "--format", "html"],
     ],
 )
 def test_a_command_line_that_makes_no_sense_exits_with_usage(coaug, arguments):
@@ -268,6 +276,61 @@ def test_augment_then_evaluate(coaug, augmentations, beir_folder, tmp_path, side
     plain.index(list(collection.corpus.values()))
     texts = [collection.queries[id_] for id_ in collection.qrels]
     assert list(map(dict, plain.search(texts, 1000))) != list(run.values())
+
+
+def write_collection(folder, documents, queries):
+    """A BEIR folder in which the first document is relevant to every query, and so is the last."""
+    (folder / "qrels").mkdir(parents=True)
+    for name, texts in (("corpus", documents), ("queries", queries)):
+        rows = [json.dumps({"_id": id_, "title": "", "text": text}) for id_, text in texts.items()]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    relevant = dict.fromkeys([next(iter(documents)), list(documents)[-1]])
+    qrels = [f"{query_id}\t{document_id}\t1" for query_id in queries for document_id in relevant]
+    lines = ["query-id\tcorpus-id\tscore", *qrels]
+    (folder / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("k", [1, 3, 1000])
+def test_ignore_identical_ids_drops_the_query_itself_and_fills_up(coaug, tmp_path, k):
+    words = "salt sugar coffee statins gluten pollen running sunlight".split()
+    documents = {f"d{i}": " ".join(words[j % 8] for j in range(i, i + 4)) for i in range(8)}
+    # queries that are documents, and one that is not
+    queries = {id_: documents[id_] for id_ in ("d0", "d3", "d7")} | {"q": "sugar and coffee"}
+    evaluate = ("evaluate", "--collection", write_collection(tmp_path / "arguments", documents, queries))
+    assert coaug(*evaluate, "--output", tmp_path / "all")[0] == 0
+    assert coaug(*evaluate, "--output", tmp_path / "others", "--k", k, "--ignore_identical_ids")[0] == 0
+    assert read_json(tmp_path / "all" / "manifest.json")["ignore_identical_ids"] is False
+    assert read_json(tmp_path / "others" / "manifest.json")["ignore_identical_ids"] is True
+
+    everything = read_run(tmp_path / "all")
+    assert all(next(iter(everything[id_])) == id_ for id_ in ("d0", "d3", "d7"))
+    expected = {}
+    for query_id, hits in everything.items():
+        others = sorted((-score, id_) for id_, score in hits.items() if id_ != query_id)
+        expected[query_id] = [-score for score, _ in others][:k]
+    found = read_run(tmp_path / "others")
+    for query_id, hits in found.items():
+        assert query_id not in hits
+        # of equal scores any may come first, and a run file tells them apart by their last digit
+        assert list(hits.values()) == pytest.approx(expected[query_id], rel=1e-5)
+        for document_id, score in hits.items():
+            assert score == pytest.approx(everything[query_id][document_id], rel=1e-5)
+    assert found.keys() == everything.keys()
+
+
+@pytest.mark.parametrize("options", [[], ["--ignore_identical_ids"], ["--fields", "best"]])
+def test_one_document_and_queries_that_find_nothing(coaug, tmp_path, options):
+    queries = {"q1": "salt", "q2": "", "q3": "the", "only": "salt"}
+    collection = write_collection(tmp_path / "collection", {"only": "salt and sugar"}, queries)
+    code, printed, _ = coaug("evaluate", "--collection", collection, "--k", 50, *options, "--output", tmp_path / "out")
+    assert code == 0
+    metrics = read_json(tmp_path / "out" / "metrics.json")
+    identical = "--ignore_identical_ids" in options
+    assert metrics["num_queries"] == 4
+    assert metrics["num_queries_without_hits"] == 2 + identical
+    assert metrics["AP"] == (2 - identical) / 4
+    assert f"of which {2 + identical} found nothing" in printed
 
 
 # Augment
@@ -427,7 +490,12 @@ def test_augment_settings_that_cannot_work_are_refused(refused, tiny_model, beir
 
 @pytest.mark.parametrize(
     ("setting", "named"),
-    [(("--k", "0"), "at least 1"), (("--b", "2"), "b=2"), (("--language", "klingon"), "'klingon'")],
+    [
+        (("--k", "0"), "at least 1"),
+        (("--k", "0", "--ignore_identical_ids"), "at least 1"),
+        (("--b", "2"), "b=2"),
+        (("--language", "klingon"), "'klingon'"),
+    ],
 )
 def test_evaluate_settings_that_cannot_work_are_refused(refused, beir_folder, tmp_path, setting, named):
     assert named in refused("evaluate", "--collection", beir_folder, "--output", tmp_path / "out", *setting)

@@ -1,0 +1,420 @@
+"""Compare evaluations: means, paired tests of all pairs, and the queries that changed most."""
+
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+from tqdm.auto import tqdm
+
+from .errors import InputError
+from .evaluation import compare, load_evaluation
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+SIGNIFICANT = 0.01
+EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Pair:
+    """
+    Two systems compared by one measure; differences are the later system minus the earlier.
+
+    Args:
+        measure (`str`):
+            Name of the measure.
+        earlier (`int`):
+            Place of the system that was listed first.
+        later (`int`):
+            Place of the other.
+        mean_difference (`float`):
+            Mean of the differences.
+        effect_size (`float`):
+            Cohen's d_z, the mean of the differences in units of their standard deviation: infinite where every query
+            differs by the same, not a number for a single query.
+        wins (`int`):
+            Queries on which the later system is better.
+        ties (`int`):
+            Queries on which they are equal.
+        losses (`int`):
+            Queries on which the later system is worse.
+        p_t_test (`float`):
+            Of the paired Student test, as [`~coaug_trl.evaluation.compare`] gives it.
+        p_randomization (`float`):
+            Of Fisher's randomisation test, likewise.
+        p_t_test_holm (`float`):
+            Corrected by [`holm`] for the number of pairs.
+        p_randomization_holm (`float`):
+            Likewise.
+    """
+
+    measure: str
+    earlier: int
+    later: int
+    mean_difference: float
+    effect_size: float
+    wins: int
+    ties: int
+    losses: int
+    p_t_test: float
+    p_randomization: float
+    p_t_test_holm: float
+    p_randomization_holm: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    Systems compared on the same queries.
+
+    Args:
+        names (`list[str]`):
+            Names of the systems, the baseline first.
+        values (`dict[str, list[dict[str, float]]]`):
+            Measure to, for each system, query id to value.
+        pairs (`list[Pair]`):
+            All pairs of systems, measure by measure.
+    """
+
+    names: list[str]
+    values: dict[str, list[dict[str, float]]]
+    pairs: list[Pair]
+
+    def means(self, measure: str) -> list[float]:
+        """Mean of a measure for each system."""
+        return [fmean(values.values()) for values in self.values[measure]]
+
+    def beaten(self, measure: str) -> list[list[int]]:
+        """
+        For each system the places of those it is better than, with a corrected p of the t test below 0.01.
+
+        The t test, because a drawn randomisation test has a smallest p (2 in 10,000), which the correction for eleven
+        systems already lifts above 0.01.
+        """
+        beaten = [[] for _ in self.names]
+        for pair in self.pairs:
+            if pair.measure == measure and pair.p_t_test_holm < SIGNIFICANT:
+                better, worse = (pair.later, pair.earlier) if pair.mean_difference > 0 else (pair.earlier, pair.later)
+                beaten[better].append(worse)
+        return [sorted(places) for places in beaten]
+
+    def changes(self, measure: str) -> list[tuple[str, float, float]]:
+        """
+        The queries that gained most from the first system to the last, then those that lost most.
+
+        Args:
+            measure (`str`):
+                Name of the measure.
+
+        Returns:
+            `list[tuple[str, float, float]]`: query id, value of the first system, value of the last; up to three
+            gains and up to three losses, the greatest first.
+        """
+        first, last = self.values[measure][0], self.values[measure][-1]
+        by_change = sorted(first, key=lambda query_id: (first[query_id] - last[query_id], query_id))
+        gained = [query_id for query_id in by_change[:EXAMPLES] if last[query_id] > first[query_id]]
+        lost = [query_id for query_id in by_change[: -EXAMPLES - 1 : -1] if last[query_id] < first[query_id]]
+        return [(query_id, first[query_id], last[query_id]) for query_id in gained + lost]
+
+    def render(self, format: str = "table") -> str:
+        """
+        Writes the tables: means, pairs for each measure, and the queries that changed most by the first measure.
+
+        Args:
+            format (`str`, *optional*, defaults to `"table"`):
+                `"table"` for a terminal, `"markdown"`, or `"latex"` (needs the package booktabs).
+
+        Returns:
+            `str`: the tables, with an empty line between them.
+        """
+        return "\n\n".join(FORMATS[format](table) for table in self._tables())
+
+    def _tables(self) -> list["Table"]:
+        measures = list(self.values)
+        means = {measure: [round(mean, 4) for mean in self.means(measure)] for measure in measures}
+        beaten = {measure: self.beaten(measure) for measure in measures}
+        rows = [
+            [Cell(LETTERS[place]), Cell(name)]
+            + [
+                Cell(
+                    f"{means[measure][place]:.4f}",
+                    bold=means[measure][place] == max(means[measure]),
+                    superscript="".join(LETTERS[other] for other in beaten[measure][place]),
+                )
+                for measure in measures
+            ]
+            for place, name in enumerate(self.names)
+        ]
+        num_queries = len(self.values[measures[0]][0])
+        title = (
+            f"Means over {num_queries:,} queries; superscripts: systems it beats "
+            f"(paired t test, Holm-corrected p < {SIGNIFICANT})"
+        )
+        tables = [Table(title, ["", "system", *measures], rows, left=2)]
+        explanation = "w/t/l: wins, ties, losses of the pair's first; p before and after Holm's correction"
+        for measure in measures:
+            tables.append(
+                Table(
+                    f"{measure}: all pairs; {explanation}",
+                    ["pair", "difference", "d_z", "w/t/l", "p t", "Holm", "p Fisher", "Holm"],
+                    [_pair_row(pair) for pair in self.pairs if pair.measure == measure],
+                    left=1,
+                )
+            )
+        rows = [
+            [Cell(query_id), Cell(f"{first:.4f}"), Cell(f"{last:.4f}"), Cell(f"{last - first:+.4f}")]
+            for query_id, first, last in self.changes(measures[0])
+        ]
+        title = f"{measures[0]}: the queries that gained and lost most from {self.names[0]} to {self.names[-1]}"
+        if not rows:
+            title = f"{measures[0]}: no query gained or lost from {self.names[0]} to {self.names[-1]}"
+        tables.append(Table(title, ["query", self.names[0], self.names[-1], "change"], rows, left=1))
+        return tables
+
+
+def compare_folders(folders: Sequence[str | Path], measures: Iterable[str] | None = None) -> Comparison:
+    """
+    Compares evaluation folders pair by pair.
+
+    Args:
+        folders (`Sequence[str | Path]`):
+            Two to 26 folders that [`~coaug_trl.evaluation.save_evaluation`] wrote, the baseline first.
+        measures (`Iterable[str]`, *optional*):
+            Measures to compare by; defaults to those of the first folder.
+
+    Returns:
+        [`Comparison`]: systems are named by their folders.
+
+    Raises:
+        `InputError`: fewer than two folders or more than 26, one given twice, one that is no evaluation, or folders of
+            different queries, collections or measures.
+    """
+    if not 2 <= len(folders) <= len(LETTERS):
+        raise InputError(f"Compare two evaluation folders or more, up to {len(LETTERS)}; given: {len(folders)}.")
+    names = _distinct_names(folders)
+    evaluations = [load_evaluation(folder) for folder in folders]
+    first = evaluations[0]
+    measures = list(dict.fromkeys(measures or first.measures))
+    for folder, evaluation in zip(folders, evaluations, strict=True):
+        absent = [measure for measure in measures if measure not in evaluation.measures]
+        if absent:
+            raise InputError(f"{folder} has no {absent[0]}; its measures are {', '.join(evaluation.measures)}.")
+        # Ids such as 1, 2, 3 may be the same in collections that have nothing to do with each other.
+        collections = [first.manifest.get("collection"), evaluation.manifest.get("collection")]
+        if None not in collections and collections[0] != collections[1]:
+            raise InputError(f"{folders[0]} is of the collection {collections[0]}, {folder} of {collections[1]}.")
+        if evaluation.per_query.keys() != first.per_query.keys():
+            example = sorted(evaluation.per_query.keys() ^ first.per_query.keys())[0]
+            has, lacks = (folders[0], folder) if example in first.per_query else (folder, folders[0])
+            raise InputError(
+                f"Only runs over the same queries can be compared: {has} has query {example!r}, {lacks} does not."
+            )
+    values = {
+        measure: [
+            {query_id: evaluation.per_query[query_id][measure] for query_id in first.per_query}
+            for evaluation in evaluations
+        ]
+        for measure in measures
+    }
+    places = list(combinations(range(len(folders)), 2))
+    pairs = []
+    with tqdm(total=len(measures) * len(places), desc="Testing", delay=2, leave=False) as progress:
+        for measure in measures:
+            tests = []
+            for earlier, later in places:
+                tests.append(compare(values[measure][later], values[measure][earlier]))
+                progress.update()
+            corrected = {name: holm([test[name] for test in tests]) for name in ("p_t_test", "p_randomization")}
+            for i, (earlier, later) in enumerate(places):
+                test = {name: value for name, value in tests[i].items() if name != "num_queries"}
+                pairs.append(
+                    Pair(
+                        measure=measure,
+                        earlier=earlier,
+                        later=later,
+                        effect_size=effect_size(values[measure][later], values[measure][earlier]),
+                        p_t_test_holm=corrected["p_t_test"][i],
+                        p_randomization_holm=corrected["p_randomization"][i],
+                        **test,
+                    )
+                )
+    return Comparison(names, values, pairs)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """
+    Corrects p-values for their number, so that the chance of one false finding or more stays below the level tested.
+
+    Args:
+        p_values (`Sequence[float]`):
+            The p-values of the family of tests.
+
+    Returns:
+        `list[float]`: the corrected ones, in the order given.
+
+    Source: Holm 1979, A simple sequentially rejective multiple test procedure, Scand. J. Statist. 6(2), 65-70.
+    """
+    corrected, least = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        # a larger p never becomes the smaller
+        least = corrected[place] = max(least, min(1.0, (len(p_values) - rank) * p_values[place]))
+    return corrected
+
+
+def effect_size(values_a: dict[str, float], values_b: dict[str, float]) -> float:
+    """
+    Cohen's d_z of paired values: the mean of the differences over their standard deviation.
+
+    Args:
+        values_a (`dict[str, float]`):
+            Query id to value of the first system.
+        values_b (`dict[str, float]`):
+            Query id to value of the second system.
+
+    Returns:
+        `float`: positive where the first is better; 0 where nothing differs, infinite where all queries differ by the
+        same, not a number for a single query.
+    """
+    differences = np.array([values_a[query_id] - values_b[query_id] for query_id in values_a])
+    if len(differences) < 2:
+        return math.nan
+    mean, deviation = float(differences.mean()), float(differences.std(ddof=1))
+    if deviation < 1e-12:  # equal but for the rounding of the values' own subtraction
+        return math.copysign(math.inf, mean) if abs(mean) > 1e-12 else 0.0
+    return mean / deviation
+
+
+def _distinct_names(folders: Sequence[str | Path]) -> list[str]:
+    """The last part of each path, with as many parts before it as make all of them different."""
+    paths = [Path(folder).resolve() for folder in folders]
+    for place, path in enumerate(paths):
+        if path in paths[:place]:
+            raise InputError(f"{folders[place]} is given twice; compare different evaluations.")
+    for length in range(1, max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+# Tables, and the three ways to write them
+
+
+class Cell(NamedTuple):
+    text: str
+    bold: bool = False
+    superscript: str = ""
+
+
+class Table(NamedTuple):
+    """`left` columns are text, the others numbers, aligned to the right."""
+
+    title: str
+    header: list[str]
+    rows: list[list[Cell]]
+    left: int
+
+
+def _pair_row(pair: Pair) -> list[Cell]:
+    texts = [
+        f"{LETTERS[pair.later]} - {LETTERS[pair.earlier]}",
+        f"{pair.mean_difference:+.4f}",
+        f"{pair.effect_size:+.2f}",
+        f"{pair.wins}/{pair.ties}/{pair.losses}",
+        _p(pair.p_t_test),
+        _p(pair.p_t_test_holm),
+        _p(pair.p_randomization),
+        _p(pair.p_randomization_holm),
+    ]
+    return [Cell(text) for text in texts]
+
+
+def _p(value: float) -> str:
+    return f"{value:.4f}" if value >= 0.0001 else "<0.0001"
+
+
+_SUPERSCRIPTS = str.maketrans(LETTERS, "ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖ𐞥ʳˢᵗᵘᵛʷˣʸᶻ")
+_LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+}
+
+
+def _terminal(table: Table) -> str:
+    # Text, not str: rich takes square brackets and colons of a str for markup
+    rich_table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column, name in enumerate(table.header):
+        rich_table.add_column(Text(name), justify="left" if column < table.left else "right", overflow="fold")
+    for row in table.rows:
+        rich_table.add_row(
+            *(Text(cell.text + cell.superscript.translate(_SUPERSCRIPTS), "bold" * cell.bold) for cell in row)
+        )
+    # In a file or a pipe nothing is folded.
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 1000)
+    with console.capture() as capture:
+        console.print(Text(table.title))
+        if table.rows:
+            console.print(rich_table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()).rstrip()
+
+
+def _markdown(table: Table) -> str:
+    def escape(text: str) -> str:
+        return re.sub(r"([\\|*`<\[\]])", r"\\\1", text)
+
+    def write(cell: Cell) -> str:
+        text = f"**{escape(cell.text)}**" if cell.bold else escape(cell.text)
+        return f"{text}<sup>{cell.superscript}</sup>" if cell.superscript else text
+
+    lines = [
+        list(map(escape, table.header)),
+        ["---" if column < table.left else "---:" for column in range(len(table.header))],
+        *(list(map(write, row)) for row in table.rows),
+    ]
+    written = ["| " + " | ".join(line) + " |" for line in lines] if table.rows else []
+    return "\n".join([escape(table.title), ""] + written).rstrip()
+
+
+def _latex(table: Table) -> str:
+    def escape(text: str) -> str:
+        return "".join(_LATEX.get(character, character) for character in text)
+
+    def write(cell: Cell) -> str:
+        text = rf"\textbf{{{escape(cell.text)}}}" if cell.bold else escape(cell.text)
+        return rf"{text}\textsuperscript{{{cell.superscript}}}" if cell.superscript else text
+
+    if not table.rows:
+        return escape(table.title)
+    columns = "l" * table.left + "r" * (len(table.header) - table.left)
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{escape(table.title)}}}",
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            " & ".join(map(escape, table.header)) + r" \\",
+            r"\midrule",
+            *(" & ".join(map(write, row)) + r" \\" for row in table.rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+        ]
+    )
+
+
+FORMATS: dict[str, Callable[[Table], str]] = {"table": _terminal, "markdown": _markdown, "latex": _latex}

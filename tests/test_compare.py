@@ -1,0 +1,291 @@
+import json
+import re
+import shutil
+from itertools import combinations
+from statistics import fmean
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from coaug_trl import cli
+from coaug_trl.compare import LETTERS, compare_folders, effect_size, holm
+from coaug_trl.errors import InputError
+from coaug_trl.evaluation import MEASURES, load_evaluation, save_evaluation
+
+
+NUM_QUERIES = 12  # few enough for the randomisation test to go through all sign flips
+MANIFEST = {"collection": "generated", "split": "test", "retriever": {"retriever": "bm25"}}
+
+
+def write_evaluation(folder, noise, seed=0, manifest=MANIFEST, num_queries=NUM_QUERIES):
+    """A run over the same judgments for every folder: the less noise, the better."""
+    rng = np.random.default_rng(0)
+    documents = [f"d{i}" for i in range(400)]  # so that R@100 is not 1 for all
+    qrels = {f"q{i}": {d: int(rng.integers(1, 3)) for d in rng.choice(documents, 6, replace=False)} for i in range(99)}
+    qrels = dict(list(qrels.items())[:num_queries])
+    rng = np.random.default_rng(seed)
+    run = {q: {d: relevant.get(d, 0) + noise * rng.normal() for d in documents} for q, relevant in qrels.items()}
+    save_evaluation(folder, run, qrels, manifest)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("evaluations")
+    return [
+        write_evaluation(root / name, noise, seed)
+        for seed, (name, noise) in enumerate([("base_line", 3.0), ("better", 0.6), ("50%", 2.5)])
+    ]
+
+
+@pytest.fixture(scope="module")
+def comparison(folders):
+    return compare_folders(folders)
+
+
+@pytest.fixture
+def compare_command(capsys):
+    def run(*arguments):
+        capsys.readouterr()
+        code = cli.main(["compare", *map(str, arguments)])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+def written_values(folder, measure):
+    """Straight from the file, by query id."""
+    rows = [json.loads(line) for line in (folder / "per_query.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {row["_id"]: row[measure] for row in rows}
+
+
+# The numbers
+
+
+def test_p_values_are_scipys_on_the_values_of_the_files(comparison, folders):
+    places = list(combinations(range(3), 2))
+    assert [(pair.measure, pair.earlier, pair.later) for pair in comparison.pairs] == [
+        (measure, *pair) for measure in MEASURES for pair in places
+    ]
+    for pair in comparison.pairs:
+        earlier, later = (written_values(folders[place], pair.measure) for place in (pair.earlier, pair.later))
+        a, b = np.array([later[query_id] for query_id in earlier]), np.array(list(earlier.values()))
+        assert pair.p_t_test == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-9)
+        flips = stats.permutation_test(
+            (a - b,), np.mean, permutation_type="samples", n_resamples=np.inf, vectorized=False
+        )
+        assert pair.p_randomization == pytest.approx(flips.pvalue, rel=1e-9)
+        assert pair.mean_difference == pytest.approx(a.mean() - b.mean(), abs=1e-12)
+        assert pair.effect_size == pytest.approx((a - b).mean() / (a - b).std(ddof=1))
+        assert pair.effect_size == pytest.approx(stats.ttest_rel(a, b).statistic / NUM_QUERIES**0.5)
+        assert (pair.wins, pair.ties, pair.losses) == ((a > b).sum(), (a == b).sum(), (a < b).sum())
+
+
+def test_the_correction_is_over_the_pairs_of_one_measure(comparison):
+    for measure in MEASURES:
+        pairs = [pair for pair in comparison.pairs if pair.measure == measure]
+        assert [pair.p_t_test_holm for pair in pairs] == holm([pair.p_t_test for pair in pairs])
+        assert [pair.p_randomization_holm for pair in pairs] == holm([pair.p_randomization for pair in pairs])
+        least = min(pairs, key=lambda pair: pair.p_t_test)
+        assert least.p_t_test_holm == pytest.approx(3 * least.p_t_test)
+
+
+def test_a_system_beats_those_it_is_significantly_better_than(comparison):
+    assert comparison.beaten("nDCG@10") == [[], [0, 2], []]
+    for measure in MEASURES:
+        better = {(winner, loser) for winner, losers in enumerate(comparison.beaten(measure)) for loser in losers}
+        means = comparison.means(measure)
+        for pair in comparison.pairs:
+            if pair.measure == measure:
+                order = sorted((pair.earlier, pair.later), key=means.__getitem__, reverse=True)
+                assert (tuple(order) in better) == (pair.p_t_test_holm < 0.01)
+
+
+def test_holm_on_a_worked_example():
+    # ascending: 4 x 0.005, 3 x 0.01, 2 x 0.03; then 1 x 0.04, which may not fall below the one before
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.5]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
+def test_holm_corrects_upwards_in_order_and_no_more_than_bonferroni(p_values):
+    corrected = holm(p_values)
+    for p, c in zip(p_values, corrected, strict=True):
+        assert p <= c <= min(1, len(p_values) * p)
+        for other_p, other_c in zip(p_values, corrected, strict=True):
+            assert p > other_p or c <= other_c
+    assert corrected[p_values.index(max(p_values))] == max(corrected)
+
+
+def test_effect_size_where_there_is_no_deviation():
+    assert effect_size({"a": 0.5, "b": 0.2}, {"a": 0.5, "b": 0.2}) == 0
+    assert effect_size({"a": 0.3, "b": 0.4}, {"a": 0.1, "b": 0.2}) == np.inf
+    assert effect_size({"a": 0.1, "b": 0.2}, {"a": 0.3, "b": 0.4}) == -np.inf
+    assert np.isnan(effect_size({"a": 1.0}, {"a": 0.0}))
+
+
+def test_the_queries_that_changed_most(comparison, folders):
+    first, last = (written_values(folders[place], "AP") for place in (0, -1))
+    changes = comparison.changes("AP")
+    differences = [after - before for _, before, after in changes]
+    everything = sorted(last[query_id] - first[query_id] for query_id in first)
+    assert differences == sorted((d for d in everything[-3:] if d > 0), reverse=True) + [
+        d for d in everything[:3] if d < 0
+    ]
+    assert all((first[query_id], last[query_id]) == (before, after) for query_id, before, after in changes)
+
+
+def test_equal_systems_have_nothing_to_tell_apart(folders, tmp_path, compare_command):
+    shutil.copytree(folders[0], tmp_path / "copy")
+    code, printed, _ = compare_command(folders[0], tmp_path / "copy", "--measures", "AP")
+    assert code == 0
+    assert "no query gained or lost from base_line to copy" in printed
+    assert re.search(rf"b - a +\+0\.0000 +\+0\.00 +0/{NUM_QUERIES}/0( +1\.0000){{4}}\n", printed)
+
+
+# What is printed
+
+
+def numbers(text):
+    return re.findall(r"[+-]?\d+\.\d{4}|\d+/\d+/\d+", text)
+
+
+def test_all_formats_hold_the_same_numbers(folders, comparison, compare_command):
+    printed = {}
+    for name in ("table", "markdown", "latex"):
+        code, printed[name], _ = compare_command(*folders, "--format", name)
+        assert code == 0
+        assert printed[name] == comparison.render(name) + "\n"
+    assert numbers(printed["table"]) == numbers(printed["markdown"]) == numbers(printed["latex"])
+    for place, folder in enumerate(folders):
+        for measure in MEASURES:
+            mean = fmean(written_values(folder, measure).values())
+            assert comparison.means(measure)[place] == pytest.approx(mean)
+            assert f"{mean:.4f}" in numbers(printed["table"])
+    for pair in comparison.pairs:
+        assert f"{pair.wins}/{pair.ties}/{pair.losses}" in printed["table"]
+    best = f"{comparison.means('nDCG@10')[1]:.4f}"
+    assert f"{best}ᵃᶜ" in printed["table"]
+    assert f"**{best}**<sup>ac</sup>" in printed["markdown"]
+    assert rf"\textbf{{{best}}}\textsuperscript{{ac}}" in printed["latex"]
+    assert f"Means over {NUM_QUERIES} queries" in printed["table"]
+
+
+def test_markdown_tables_are_whole(comparison):
+    tables = [block for block in comparison.render("markdown").split("\n\n") if block.startswith("|")]
+    assert len(tables) == 1 + len(MEASURES) + 1
+    for table in tables:
+        header, rule, *rows = table.splitlines()
+        assert set(rule) <= set("|-: ")
+        assert rows
+        assert {line.count("|") for line in table.splitlines()} == {header.count("|")}
+
+
+def test_latex_tables_are_whole(comparison):
+    latex = comparison.render("latex")
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 1 + len(MEASURES) + 1
+    assert latex.count("{") == latex.count("}")
+    assert r"base\_line" in latex and r"50\%" in latex and "<" not in latex
+    for columns, body in re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", latex, re.DOTALL):
+        rows = [line for line in body.splitlines() if line.endswith(r"\\")]
+        assert len(rows) > 1
+        assert {line.count(" & ") for line in rows} == {len(columns) - 1}
+
+
+def test_names_that_would_be_markup_are_shown_as_they_are(tmp_path):
+    paths = [write_evaluation(tmp_path / name, 1.0) for name in ("[bold]x", "a|b", ":smile:")]
+    table, markdown = (compare_folders(paths, ["AP"]).render(name) for name in ("table", "markdown"))
+    assert all(path.name in table for path in paths)
+    assert r"a\|b" in markdown
+
+
+def test_measures_are_chosen_and_ordered(folders, compare_command):
+    code, printed, _ = compare_command(*folders, "--measures", "R@100", "AP")
+    assert code == 0
+    assert re.search(r"system +R@100 +AP\n", printed)
+    assert "nDCG@10" not in printed
+
+
+def test_folders_of_one_name_are_told_apart_by_their_parents(tmp_path):
+    paths = [write_evaluation(tmp_path / seed / "bm25", 1.0, int(seed)) for seed in ("1", "2")]
+    assert compare_folders(paths, ["AP"]).names == ["1/bm25", "2/bm25"]
+
+
+def test_an_evaluation_is_read_as_it_was_written(folders):
+    evaluation = load_evaluation(folders[0])
+    assert evaluation.manifest == MANIFEST
+    assert evaluation.measures == list(MEASURES)
+    assert evaluation.metrics == json.loads((folders[0] / "metrics.json").read_text(encoding="utf-8"))
+    assert {id_: values["AP"] for id_, values in evaluation.per_query.items()} == written_values(folders[0], "AP")
+
+
+# Bad input
+
+
+def test_refusals_of_the_command_are_one_line(folders, tmp_path, compare_command):
+    for arguments, named in (
+        ([folders[0]], "two evaluation folders or more"),
+        ([folders[0], tmp_path / "nowhere"], "nowhere is not a finished evaluation"),
+        ([folders[0], folders[1], folders[0] / "." / ".." / "base_line"], "given twice"),
+        ([*folders, "--measures", "AP", "nDCG@7"], "has no nDCG@7; its measures are nDCG@10, R@100, RR@10, AP"),
+    ):
+        code, printed, errors = compare_command(*arguments)
+        assert (code, printed) == (2, "")
+        assert errors.startswith("error:") and errors.count("\n") == 1
+        assert named in errors
+
+
+def test_more_systems_than_letters_are_refused(folders):
+    with pytest.raises(InputError, match="up to 26"):
+        compare_folders([folders[0]] * (len(LETTERS) + 1))
+
+
+def test_runs_over_different_queries_are_refused(folders, tmp_path):
+    fewer = write_evaluation(tmp_path / "fewer", 1.0, num_queries=NUM_QUERIES - 1)
+    for pair in ([folders[0], fewer], [fewer, folders[0]]):
+        with pytest.raises(InputError, match=r"base_line has query 'q11', .*fewer does not"):
+            compare_folders(pair)
+
+
+def test_runs_over_different_collections_are_refused_though_the_ids_agree(folders, tmp_path):
+    other = write_evaluation(tmp_path / "other", 1.0, manifest=MANIFEST | {"collection": "another"})
+    with pytest.raises(InputError, match="of the collection generated, .* of another"):
+        compare_folders([folders[0], other])
+    unknown = write_evaluation(tmp_path / "unknown", 1.0, manifest={"retriever": {}})
+    assert compare_folders([folders[0], unknown], ["AP"]).names == ["base_line", "unknown"]
+
+
+@pytest.mark.parametrize("name", ["per_query.jsonl", "manifest.json", "metrics.json"])
+def test_a_folder_that_is_no_evaluation_is_refused_with_what_is_missing(folders, tmp_path, name):
+    folder = shutil.copytree(folders[0], tmp_path / "copy")
+    (folder / name).unlink()
+    with pytest.raises(InputError, match=f"{name} is missing"):
+        load_evaluation(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("per_query.jsonl", lambda text: text[:-20], "per_query.jsonl, line 12"),
+        ("per_query.jsonl", lambda text: text + '{"AP": 0.5}\n', "per_query.jsonl, line 13"),
+        ("per_query.jsonl", lambda text: text + "[]\n", "per_query.jsonl, line 13"),
+        ("per_query.jsonl", lambda text: text + '{"_id": "q", "AP": 1}\n', "line 13: other measures"),
+        ("per_query.jsonl", lambda text: text + text.splitlines()[0] + "\n", "line 13: query 'q0' is there twice"),
+        ("per_query.jsonl", lambda text: "", "has no query"),
+        ("per_query.jsonl", lambda text: text[text.index("\n") + 1 :], "not of one evaluation"),
+        ("metrics.json", lambda text: text[:10], "metrics.json: not JSON"),
+        ("metrics.json", lambda text: "{}", "not of one evaluation"),
+        ("manifest.json", lambda text: "[]", "manifest.json: not a JSON object"),
+    ],
+)
+def test_a_damaged_evaluation_is_refused(folders, tmp_path, name, damage, message):
+    folder = shutil.copytree(folders[1], tmp_path / "copy")
+    text = (folder / name).read_text(encoding="utf-8")
+    (folder / name).write_text(damage(text), encoding="utf-8")
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_evaluation(folder)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .augment import Augmentation, AugmentedCollection
     from .data import Collection, Document
     from .prompts import PromptSet
-    from .retrieval import BM25Retriever
+    from .retrieval import Retriever
 
 INDEX_MANIFEST = "manifest.json"
 
@@ -135,11 +135,12 @@ def _add_collection(parser: argparse.ArgumentParser, split: str | None) -> None:
 
 
 def _add_retriever(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--retriever", choices=["bm25"], default="bm25", help="default: bm25")
-    parser.add_argument("--fields", choices=["flat", "best"], help="title and text as one field or two; default: flat")
-    parser.add_argument("--k1", type=float, help="default: 1.2")
-    parser.add_argument("--b", type=float, help="default: 0.75")
-    parser.add_argument("--language", help="Snowball stemmer; default: english")
+    parser.add_argument("--retriever", choices=["bm25", "dense"], default="bm25", help="default: bm25")
+    parser.add_argument("--fields", choices=["flat", "best"], help="BM25: title and text as one field or two")
+    parser.add_argument("--k1", type=float, help="BM25; default: 1.2")
+    parser.add_argument("--b", type=float, help="BM25; default: 0.75")
+    parser.add_argument("--language", help="BM25: Snowball stemmer; default: english")
+    parser.add_argument("--encoder", help="dense: sentence-transformers model; default: BAAI/bge-base-en-v1.5")
 
 
 def _sides(side: str) -> tuple[str, ...]:
@@ -248,10 +249,10 @@ def _search(options: argparse.Namespace) -> None:
     if not manifest.get("finished"):
         fault = "the index was begun but not finished" if "finished" in manifest else "there is no index"
         raise InputError(f"{folder}: {fault}; make it with coaug index.")
-    from .retrieval import BM25Retriever
+    from .retrieval import load_retriever
 
     try:
-        retriever = BM25Retriever.load(folder)
+        retriever = load_retriever(folder)
     except (ValueError, EOFError) as error:  # JSON or arrays cut short
         raise InputError(f"{folder}: the index is damaged ({error}); index the collection again.") from None
 
@@ -277,7 +278,7 @@ def _search(options: argparse.Namespace) -> None:
 
 
 def _augment_queries(
-    options: argparse.Namespace, manifest: dict[str, Any], retriever: "BM25Retriever"
+    options: argparse.Namespace, manifest: dict[str, Any], retriever: "Retriever"
 ) -> tuple[list["Augmentation"], "PromptSet"]:
     """Augments queries with the settings of the policy, which must be those of the index."""
     from .augment import Augmenter
@@ -390,15 +391,15 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _augmented_and_retriever(
     options: argparse.Namespace, collection: "Collection", sides: tuple[str, ...]
-) -> tuple["AugmentedCollection | None", "BM25Retriever"]:
+) -> tuple["AugmentedCollection | None", "Retriever"]:
     """What `index` and `evaluate` work with, refused where it does not belong together."""
     from .augment import AugmentedCollection
-    from .retrieval import BM25Retriever
+    from .retrieval import make_retriever
 
     given = {
-        name: getattr(options, name)
-        for name in ("fields", "k1", "b", "language")
-        if getattr(options, name) is not None
+        name: getattr(options, option)
+        for name, option in (*((name, name) for name in ("fields", "k1", "b", "language")), ("model", "encoder"))
+        if getattr(options, option) is not None
     }
     augmented, trained_with = None, {}
     if options.augmentations:
@@ -416,7 +417,7 @@ def _augmented_and_retriever(
             f"{options.augmentations} was made by a policy trained for {trained_with}, and the retriever is "
             f"{options.retriever}; use the one it was trained for."
         )
-    retriever = BM25Retriever(**settings)
+    retriever = make_retriever(options.retriever, **settings)
     if augmented and augmented.prompt_set.kind != retriever.kind:
         raise InputError(
             f"{options.augmentations} was made with prompts for {augmented.prompt_set.kind} retrievers, and the "
@@ -431,7 +432,7 @@ def _augmented_and_retriever(
 
 
 def _documents(
-    collection: "Collection", augmented: "AugmentedCollection | None", retriever: "BM25Retriever"
+    collection: "Collection", augmented: "AugmentedCollection | None", retriever: "Retriever"
 ) -> list["Document"]:
     if augmented is None:
         return list(collection.corpus.values())

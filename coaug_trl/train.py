@@ -19,7 +19,7 @@ from .data import Collection
 from .errors import InputError
 from .groups import CompositeGroups
 from .prompts import PromptSet, document_text
-from .retrieval import BM25Retriever
+from .retrieval import Retriever, make_retriever
 from .trainer import CoAugTrainer
 
 
@@ -54,6 +54,8 @@ class CoAugScriptArguments:
             BM25: normalisation by length.
         language (`str`, *optional*, defaults to `"english"`):
             BM25: Snowball stemmer.
+        encoder (`str`, *optional*, defaults to `"BAAI/bge-base-en-v1.5"`):
+            Dense: sentence-transformers model.
         prompt_set (`str`, *optional*):
             YAML file with the prompts; defaults to the package's for the retriever's kind.
         dry_run (`bool`, *optional*, defaults to `False`):
@@ -63,21 +65,22 @@ class CoAugScriptArguments:
     collection: str = field(metadata={"help": "BEIR folder, Hub id, irds:NAME, or vocabulary-gap."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="dev", metadata={"help": "Split of evaluations during training; never 'test'."})
-    retriever: str = field(default="bm25", metadata={"help": "Retriever of the reward.", "choices": ["bm25"]})
+    retriever: str = field(default="bm25", metadata={"help": "Retriever of the reward.", "choices": ["bm25", "dense"]})
     fields: str = field(
         default="flat", metadata={"help": "BM25: title and text as one field or two.", "choices": ["flat", "best"]}
     )
     k1: float = field(default=1.2, metadata={"help": "BM25: saturation of repeated words."})
     b: float = field(default=0.75, metadata={"help": "BM25: normalisation by length."})
     language: str = field(default="english", metadata={"help": "BM25: Snowball stemmer."})
+    encoder: str = field(default="BAAI/bge-base-en-v1.5", metadata={"help": "Dense: sentence-transformers model."})
     prompt_set: str | None = field(default=None, metadata={"help": "YAML file with the prompts."})
     dry_run: bool = field(default=False, metadata={"help": "Build everything but the model, and exit."})
 
     def __post_init__(self):
         if self.eval_split == "test" or self.train_split == "test":
             raise InputError("The test split is for coaug evaluate alone; train on 'train' and evaluate on 'dev'.")
-        if self.retriever != "bm25":  # argparse does not check the values of a recipe
-            raise InputError(f"retriever is {self.retriever!r}; use bm25.")
+        if self.retriever not in ("bm25", "dense"):  # argparse does not check the values of a recipe
+            raise InputError(f"retriever is {self.retriever!r}; use bm25 or dense.")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -110,7 +113,11 @@ def main(arguments: list[str] | None = None) -> None:
     ###########
     # Retriever, prompts, tokenizer
     ###########
-    retriever = BM25Retriever(script_args.k1, script_args.b, script_args.language, script_args.fields)
+    if script_args.retriever == "bm25":
+        names = ("k1", "b", "language", "fields")
+        retriever = make_retriever("bm25", **{name: getattr(script_args, name) for name in names})
+    else:
+        retriever = make_retriever("dense", model=script_args.encoder)
     prompt_set = (
         PromptSet.load(script_args.prompt_set) if script_args.prompt_set else PromptSet.default(retriever.kind)
     )
@@ -270,7 +277,7 @@ def print_plan(
     training_args: CoAugConfig,
     train_collection: Collection,
     eval_collection: Collection | None,
-    retriever: BM25Retriever,
+    retriever: Retriever,
     prompt_set: PromptSet,
     tokenizer,
 ) -> None:

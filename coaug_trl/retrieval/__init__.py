@@ -1,7 +1,10 @@
 """Retrievers: one interface for the reward of training, the index of serving and the runs of evaluation."""
 
-from typing import TYPE_CHECKING
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from ..errors import InputError
 from .base import Retriever
 from .bm25 import BM25Retriever
 
@@ -9,7 +12,7 @@ from .bm25 import BM25Retriever
 if TYPE_CHECKING:
     from .dense import DenseRetriever
 
-__all__ = ["BM25Retriever", "DenseRetriever", "Retriever"]
+__all__ = ["BM25Retriever", "DenseRetriever", "Retriever", "load_retriever", "make_retriever"]
 
 
 def __getattr__(name: str):
@@ -19,3 +22,47 @@ def __getattr__(name: str):
 
         return DenseRetriever
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def make_retriever(retriever: str, **settings: Any) -> Retriever:
+    """
+    The retriever of a `config`.
+
+    Args:
+        retriever (`str`):
+            `"bm25"` or `"dense"`.
+        **settings:
+            Arguments of [`BM25Retriever`] or [`DenseRetriever`].
+
+    Returns:
+        [`Retriever`]: without an index.
+
+    Raises:
+        `InputError`: a setting is not one of this retriever, or cannot work.
+    """
+    kind = _class_of(retriever)
+    try:
+        return kind(**settings)
+    except TypeError as error:
+        raise InputError(f"A retriever {retriever!r} does not take these settings: {error}") from None
+
+
+def load_retriever(folder: str | Path) -> Retriever:
+    """
+    Reads an index of either kind.
+
+    Raises:
+        `InputError`: there is no finished index in the folder.
+    """
+    path = Path(folder) / "retriever.json"
+    if not path.is_file():
+        raise InputError(f"{folder} holds no finished index (there is no retriever.json): index the corpus again.")
+    return _class_of(json.loads(path.read_text(encoding="utf-8"))["retriever"]).load(folder)
+
+
+def _class_of(retriever: str) -> type[Retriever]:
+    if retriever == "bm25":
+        return BM25Retriever
+    if retriever == "dense":
+        return __getattr__("DenseRetriever")
+    raise InputError(f"There is no retriever {retriever!r}; use bm25 or dense.")

@@ -141,6 +141,7 @@ def _add_retriever(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--b", type=float, help="BM25; default: 0.75")
     parser.add_argument("--language", help="BM25: Snowball stemmer; default: english")
     parser.add_argument("--encoder", help="dense: sentence-transformers model; default: BAAI/bge-base-en-v1.5")
+    parser.add_argument("--embedding_cache", metavar="DIR", help="dense: where embeddings are kept; default: nowhere")
 
 
 def _sides(side: str) -> tuple[str, ...]:
@@ -417,6 +418,8 @@ def _augmented_and_retriever(
             f"{options.augmentations} was made by a policy trained for {trained_with}, and the retriever is "
             f"{options.retriever}; use the one it was trained for."
         )
+    if options.embedding_cache:
+        settings["cache_dir"] = options.embedding_cache
     retriever = make_retriever(options.retriever, **settings)
     if augmented and augmented.prompt_set.kind != retriever.kind:
         raise InputError(

@@ -29,6 +29,7 @@ from coaug_trl import (
     PromptSet,
     exact_ndcg_rewards,
 )
+from coaug_trl.cli import main
 from coaug_trl.groups import Group
 from coaug_trl.retrieval import dense
 from coaug_trl.rewards.joint import JointReward
@@ -480,6 +481,43 @@ def test_a_policy_trains_with_it(plain, collection, tiny_model, tmp_path):
     assert json.loads((tmp_path / "coaug.json").read_text())["retriever"] == plain.config
     with pytest.raises(InputError, match="prompt set is for sparse"):
         CoAugTrainer(str(tiny_model), settings(tmp_path), collection, plain, PromptSet.default("sparse"))
+
+
+# Commands
+
+
+def test_from_training_to_search_by_the_commands(collection, beir_folder, tiny_model, tmp_path, capsys):
+    run, augmentations, index = tmp_path / "run", tmp_path / "augmentations", tmp_path / "index"
+    train = {
+        **{"collection": beir_folder, "model_name_or_path": tiny_model, "output_dir": run, "retriever": "dense"},
+        **{"encoder": MODEL, "groups_per_batch": 2, "group_size": 4, "num_relevant": 1, "num_generations": 2},
+        **{"updates_per_batch": 1, "per_device_train_batch_size": 16, "max_completion_length": 16, "max_steps": 1},
+        **{"save_strategy": "no", "bf16": "false", "use_cpu": "true", "report_to": "none", "disable_tqdm": "true"},
+    }
+    assert main(["train", *(word for name, value in train.items() for word in (f"--{name}", str(value)))]) == 0
+    common = ["--collection", str(beir_folder)]
+    assert main(["augment", *common, "--model", str(run), "--output", str(augmentations)]) == 0
+    dense_ = ["--retriever", "dense", "--augmentations", str(augmentations)]
+    cache = ["--embedding_cache", str(tmp_path / "cache")]
+    assert main(["evaluate", *common, *dense_, *cache, "--output", str(tmp_path / "evaluation")]) == 0
+    metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    assert 0.5 < metrics["nDCG@10"] < 1 and metrics["num_queries"] == 8
+    assert metrics["retriever"] == DenseRetriever(MODEL).config
+    assert any((tmp_path / "cache").iterdir())
+    assert main(["index", *common, *dense_, *cache, "--output", str(index)]) == 0
+    capsys.readouterr()
+    assert main(["search", "--index", str(index), "--model", str(run), "--json", "sneezing in spring"]) == 0
+    assert json.loads(capsys.readouterr().out)["hits"][0]["_id"].startswith("pollen")
+    # what the policy was not trained for
+    assert main(["evaluate", *common, "--augmentations", str(augmentations), "--output", str(tmp_path / "no")]) == 2
+    assert main(["evaluate", *common, *dense_, "--k1", "1", "--output", str(tmp_path / "no")]) == 2
+    assert capsys.readouterr().err.count("error:") == 2
+
+
+def test_settings_of_bm25_are_refused(beir_folder, tmp_path, capsys):
+    command = ["evaluate", "--collection", str(beir_folder), "--retriever", "dense", "--encoder", MODEL, "--k1", "1"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 2
+    assert "does not take these settings" in capsys.readouterr().err
 
 
 # Imports

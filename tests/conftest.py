@@ -114,6 +114,40 @@ def tiny_model(tmp_path_factory, collection) -> Path:
     return teach_answers(folder, texts)
 
 
+@pytest.fixture
+def coaug(capsys):
+    """Runs the command in this process; returns its exit code and what it printed."""
+
+    def run(*arguments):
+        from coaug_trl.cli import main
+
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as exit_:  # argparse
+            code = exit_.code
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def refused(coaug):
+    """Runs a command that must fail on its input; returns the one line that says why."""
+
+    def run(*arguments):
+        code, _, errors = coaug(*arguments)
+        assert code == 2, errors
+        assert "Traceback" not in errors
+        lines = [line for line in errors.splitlines() if line.startswith("error:")]
+        assert len(lines) == 1
+        assert errors.endswith(lines[0] + "\n")
+        return lines[0]
+
+    return run
+
+
 def teach_answers(folder: Path, texts: list[str], steps: int = 150) -> Path:
     """Teaches a tiny model to answer any prompt with some words of the collection between the tags."""
     import random

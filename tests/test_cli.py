@@ -17,38 +17,6 @@ PROMPT_SET = PromptSet("sparse", "query:", "document:")
 EVALUATION_FILES = ["manifest.json", "metrics.json", "per_query.jsonl", "qrels.trec", "run.trec"]
 
 
-@pytest.fixture
-def coaug(capsys):
-    """Runs the command in this process; returns its exit code and what it printed."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        try:
-            code = cli.main([str(argument) for argument in arguments])
-        except SystemExit as exit_:  # argparse
-            code = exit_.code
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
-
-
-@pytest.fixture
-def refused(coaug):
-    """Runs a command that must fail on its input; returns the one line that says why."""
-
-    def run(*arguments):
-        code, _, errors = coaug(*arguments)
-        assert code == 2, errors
-        assert "Traceback" not in errors
-        lines = [line for line in errors.splitlines() if line.startswith("error:")]
-        assert len(lines) == 1
-        assert errors.endswith(lines[0] + "\n")
-        return lines[0]
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def policy(tiny_model, tmp_path_factory):
     """A model folder as training leaves it, for BM25 with k1 0.9."""

@@ -13,32 +13,6 @@ RETRIEVER = BM25Retriever(k1=0.9, fields="best")
 QUERIES = ["does wheat bread cause stomach pain?", "vitamin D", "hay fever and sneezing"]
 
 
-@pytest.fixture
-def coaug(capsys):
-    """Runs the command in this process; returns its exit code and what it printed."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        code = cli.main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
-
-
-@pytest.fixture
-def refused(coaug):
-    """Runs a command that must fail on its input; returns the one line that says why."""
-
-    def run(*arguments):
-        code, printed, errors = coaug(*arguments)
-        assert code == 2, errors
-        assert errors.startswith("error:") and errors.count("\n") == 1
-        return errors
-
-    return run
-
-
 def make_policy(folder, tiny_model, prompt_set=PROMPT_SET, retriever=RETRIEVER):
     """A model folder as training leaves it."""
     shutil.copytree(tiny_model, folder)

@@ -1,12 +1,14 @@
 """The interface that training, augmentation, evaluation and serving share."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from ..data import Document
+from ..errors import InputError
 
 
 RANK_CHUNK = 10_000
@@ -92,3 +94,12 @@ class Retriever(ABC):
     @abstractmethod
     def load(cls, folder: str | Path) -> Self:
         """Reads a retriever that [`save`] wrote, with the settings it was saved with (see [`config`])."""
+
+
+def unique_ids(documents: list["Document"]) -> list[str]:
+    """The documents' ids; an `InputError` if one occurs twice."""
+    document_ids = [document.id for document in documents]
+    repeated = [document_id for document_id, count in Counter(document_ids).items() if count > 1]
+    if repeated:
+        raise InputError(f"Document id {repeated[0]!r} occurs twice in the documents to index.")
+    return document_ids

@@ -19,7 +19,7 @@ from scipy import sparse
 from ..data import Document
 from ..errors import InputError
 from ..files import write_json
-from .base import Retriever
+from .base import Retriever, unique_ids
 
 
 # bm25s sets its own logger to DEBUG, and any application with a root handler would print all it says.
@@ -188,10 +188,7 @@ class BM25Retriever(Retriever):
         Raises:
             `InputError`: no documents, or an id occurs twice.
         """
-        document_ids = [document.id for document in documents]
-        repeated = [document_id for document_id, count in Counter(document_ids).items() if count > 1]
-        if repeated:
-            raise InputError(f"Document id {repeated[0]!r} occurs twice in the documents to index.")
+        document_ids = unique_ids(documents)
         statistics, indexes = [], []
         for tokens in self._tokenize_fields(documents):
             # float64, so that search and score rank alike

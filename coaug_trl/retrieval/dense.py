@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -17,7 +17,7 @@ from ..data import Document
 from ..errors import InputError
 from ..files import write_json
 from ..prompts import document_text
-from .base import Retriever
+from .base import Retriever, unique_ids
 
 
 try:
@@ -174,9 +174,7 @@ class DenseRetriever(Retriever):
         """
         if not documents:
             raise InputError("There are no documents to index.")
-        repeated = [document_id for document_id, count in Counter(each.id for each in documents).items() if count > 1]
-        if repeated:
-            raise InputError(f"Document id {repeated[0]!r} occurs twice in the documents to index.")
+        unique_ids(documents)
         # Equal texts share a row, so that their scores are equal and their order is that of the documents.
         texts, rows = _distinct([document_text(document) for document in documents])
         document_ids = [[] for _ in texts]

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, field
 
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
 
@@ -60,7 +61,7 @@ class CoAugConfig(GRPOConfig):
 
     > Defaults of GRPOConfig that differ: `num_generations=5`, `temperature=1.2`, `repetition_penalty=1.2`,
     > `scale_rewards="none"` (advantages are normalised here), `vllm_importance_sampling_correction=False`,
-    > `num_generations_eval=1` (dev evaluation is greedy).
+    > `num_generations_eval=1` (dev evaluation is greedy), `bf16` only on a GPU that supports it.
 
     Raises:
         `ValueError`: A field has a value that cannot work, or that would train on nothing. The message names the
@@ -136,6 +137,8 @@ class CoAugConfig(GRPOConfig):
         num_processes = int(os.environ.get("WORLD_SIZE", 1))
         self._validate()
         self._derive_batches(num_processes)
+        if self.bf16 is None:  # GRPOConfig would take it for granted, and not construct where there is no such GPU
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
         if self.world_size != num_processes:
             raise ValueError(

@@ -5,6 +5,7 @@ from dataclasses import fields
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig, TrlParser
 
 from coaug_trl import CoAugConfig
@@ -12,6 +13,13 @@ from coaug_trl import CoAugConfig
 
 def make_config(**kwargs):
     return CoAugConfig(output_dir="unused", bf16=False, report_to="none", **kwargs)
+
+
+def test_an_output_folder_is_all_it_takes():
+    config = CoAugConfig(output_dir="unused")
+    assert config.bf16 == is_torch_bf16_gpu_available()
+    assert CoAugConfig(output_dir="unused", bf16=False).bf16 is False
+    assert CoAugConfig(output_dir="unused", use_cpu=True).bf16 is False
 
 
 def refusal(**kwargs):

@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import os
 import sys
 import warnings
 from dataclasses import dataclass, field, fields
@@ -9,7 +10,6 @@ from pathlib import Path
 
 import yaml
 from accelerate import PartialState
-from accelerate.logging import get_logger
 from transformers import AutoTokenizer, ProgressCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
@@ -23,7 +23,7 @@ from .retrieval import Retriever, make_retriever
 from .trainer import CoAugTrainer
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # With all fields argparse's own usage would be 200 lines before each error.
 USAGE = "coaug train --config RECIPE [--field value ...]"
@@ -184,14 +184,16 @@ class CompactProgressCallback(ProgressCallback):
             if shown:
                 self.training_bar.set_postfix(shown)
             for key, value in logs.items():
-                if key.startswith("eval_nDCG"):
+                if key == f"eval_nDCG@{args.ndcg_k}":
                     self.training_bar.write(f"step {state.global_step}: {key} = {value:.4f}")
 
 
 def set_up_logging() -> None:
     """Prints what this package has to say; hides deprecations that only the authors of libraries can act on."""
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("coaug_trl").setLevel(logging.INFO)
+    # Every process runs this; one of them speaks.
+    level = logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR
+    logging.getLogger("coaug_trl").setLevel(level)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -31,7 +31,7 @@ from .retrieval import Retriever
 from .rewards.joint import JointReward
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "coaug_state.json"
 EVAL_DEPTH = 100
@@ -140,13 +140,17 @@ class CoAugTrainer(GRPOTrainer):
         self.train_dataset = groups
         self._completions_per_group = args.rows_per_group * args.num_generations
         self.data_collator = GroupCollator(self._completions_per_group)
-        logger.info(train_collection.summary())
-        logger.info(args.batch_summary)
+        self._say(train_collection.summary())
+        self._say(args.batch_summary)
         if groups.num_filled:
-            logger.info(
+            self._say(
                 f"1 epoch = {groups.groups_per_epoch // args.groups_per_batch} generation batches; its last one is "
                 f"filled with {groups.num_filled} queries from the epoch's start"
             )
+
+    def _say(self, message: str) -> None:
+        if self.accelerator.is_main_process:
+            logger.info(message)
 
     def _refuse_vanishing_updates(self):
         low_precision = [
@@ -237,7 +241,7 @@ class CoAugTrainer(GRPOTrainer):
     def _log_cut(self, num_cut: int, where: str):
         if num_cut and where not in self._cut_said:  # the same documents are cut again and again
             self._cut_said.add(where)
-            logger.info(f"{num_cut} documents of {where} were cut to {self.prompt_set.max_document_tokens} tokens")
+            self._say(f"{num_cut} documents of {where} were cut to {self.prompt_set.max_document_tokens} tokens")
 
     def _clipped(self, output: dict[str, torch.Tensor]) -> torch.Tensor:
         """Whether each completion of the generation batch, over all processes, reached the longest length."""

@@ -22,7 +22,7 @@ from .config import CoAugConfig
 from .data import Collection, Document
 from .distributed import merge_shares, own_share
 from .errors import InputError
-from .evaluation import evaluate_run
+from .evaluation import evaluate_run, retrieve
 from .files import write_json
 from .groups import TEXT_TYPES, CompositeGroups, Group, GroupCollator, GroupSampler
 from .policy import GenerationSettings, PolicySettings
@@ -342,7 +342,7 @@ class CoAugTrainer(GRPOTrainer):
         `eval_nDCG@k_reward_statistics` with the statistics the reward used until now.
         """
         self.model.eval()
-        collection, k = self.eval_collection, self.args.ndcg_k
+        collection = self.eval_collection
         queries = {query_id: collection.queries[query_id] for query_id in collection.qrels}
         documents = self._eval_documents()
         if self.args.augment != "document":
@@ -357,21 +357,21 @@ class CoAugTrainer(GRPOTrainer):
                 self.prompt_set.compose_document(document, answer, self.retriever.answer_field)
                 for document, answer in zip(documents, answers, strict=True)
             ]
-        texts = list(queries.values())
         deployed = copy.copy(self.retriever)
         deployed.index(documents)
-        measure = f"nDCG@{k}"
-        hits = {measure: deployed.search(texts, EVAL_DEPTH)}
+        measure = f"nDCG@{self.args.ndcg_k}"
+        runs = {measure: retrieve(deployed, queries, EVAL_DEPTH)}
         if self.retriever.kind == "sparse":  # dense scores take no statistics from the corpus
-            hits[f"{measure}_reward_statistics"] = self.retriever.rank(texts, documents, EVAL_DEPTH)
+            ranked = self.retriever.rank(list(queries.values()), documents, EVAL_DEPTH)
+            runs[f"{measure}_reward_statistics"] = dict(zip(queries, map(dict, ranked), strict=True))
             # Statistics of another corpus would say nothing of the words of this one.
             if self.args.refresh_statistics and collection.name == self.train_collection.name:
                 self.retriever.load_state(deployed.state())
 
-        metrics = {}
-        for name, found in hits.items():
-            run = {query_id: dict(documents) for query_id, documents in zip(queries, found, strict=True)}
-            metrics[f"{metric_key_prefix}_{name}"] = evaluate_run(collection.qrels, run, (measure,))[0][measure]
+        metrics = {
+            f"{metric_key_prefix}_{name}": evaluate_run(collection.qrels, run, (measure,))[0][measure]
+            for name, run in runs.items()
+        }
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(queries))
 
     def _eval_documents(self) -> list[Document]:

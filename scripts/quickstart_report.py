@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from coaug_trl import Augmenter, BM25Retriever, Collection, PromptSet
+from coaug_trl import Augmenter, BM25Retriever, Collection, Document, PromptSet
 from coaug_trl.augment import AugmentedCollection
 from coaug_trl.data import vocabulary_gap
-from coaug_trl.evaluation import compare, evaluate_run, save_evaluation
+from coaug_trl.evaluation import compare, evaluate_run, retrieve, save_evaluation
 from coaug_trl.files import write_json
 from coaug_trl.policy import GenerationSettings, PolicySettings, package_versions
 
@@ -27,11 +27,11 @@ MEASURE = "nDCG@10"
 SIDES = {"queries only": ["query"], "documents only": ["document"], "both": ["query", "document"]}
 
 
-def retrieve(queries: dict[str, str], documents: list, k: int = 1000) -> dict[str, dict[str, float]]:
+def index_and_retrieve(queries: dict[str, str], documents: list[Document]) -> dict[str, dict[str, float]]:
     """Indexes documents with BM25 and searches them."""
     retriever = BM25Retriever()
     retriever.index(documents)
-    return {id_: dict(hits) for id_, hits in zip(queries, retriever.search(list(queries.values()), k), strict=True)}
+    return retrieve(retriever, queries)
 
 
 def evaluate_policy(name: str, augmenter: Augmenter, collection: Collection, output_dir: Path) -> dict[str, dict]:
@@ -41,7 +41,7 @@ def evaluate_policy(name: str, augmenter: Augmenter, collection: Collection, out
     per_query = {}
     for label, sides in SIDES.items():
         augmented = AugmentedCollection.load(folder, sides)
-        run = retrieve(augmented.queries(collection), augmented.documents(collection))
+        run = index_and_retrieve(augmented.queries(collection), augmented.documents(collection))
         manifest = {
             "policy": name,
             "augmented_sides": sides,
@@ -66,7 +66,7 @@ def ceiling(collection: Collection, prompt_set: PromptSet) -> float:
     documents = [
         prompt_set.compose_document(document, answer(document.text)) for document in collection.corpus.values()
     ]
-    return evaluate_run(collection.qrels, retrieve(queries, documents), [MEASURE])[0][MEASURE]
+    return evaluate_run(collection.qrels, index_and_retrieve(queries, documents), [MEASURE])[0][MEASURE]
 
 
 def plot_rewards(history: list[dict], path: Path) -> None:
@@ -126,7 +126,9 @@ def main():
         batch_size=128,
     )
     queries = {id_: collection.queries[id_] for id_ in collection.qrels}
-    none_means, none_values = evaluate_run(collection.qrels, retrieve(queries, list(collection.corpus.values())))
+    none_means, none_values = evaluate_run(
+        collection.qrels, index_and_retrieve(queries, list(collection.corpus.values()))
+    )
     systems = {
         name: evaluate_policy(name, augmenter, collection, output_dir)
         for name, augmenter in (("untrained", untrained), ("trained", trained))

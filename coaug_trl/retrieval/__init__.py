@@ -1,11 +1,10 @@
 """Retrievers: one interface for the reward of training, the index of serving and the runs of evaluation."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .base import Retriever
+from .base import Retriever, read_config
 from .bm25 import BM25Retriever
 
 
@@ -54,10 +53,7 @@ def load_retriever(folder: str | Path) -> Retriever:
     Raises:
         `InputError`: there is no finished index in the folder.
     """
-    path = Path(folder) / "retriever.json"
-    if not path.is_file():
-        raise InputError(f"{folder} holds no finished index (there is no retriever.json): index the corpus again.")
-    return _class_of(json.loads(path.read_text(encoding="utf-8"))["retriever"]).load(folder)
+    return _class_of(read_config(folder)["retriever"]).load(folder)
 
 
 def _class_of(retriever: str) -> type[Retriever]:

@@ -1,5 +1,6 @@
 """The interface that training, augmentation, evaluation and serving share."""
 
+import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from pathlib import Path
@@ -94,6 +95,14 @@ class Retriever(ABC):
     @abstractmethod
     def load(cls, folder: str | Path) -> Self:
         """Reads a retriever that [`save`] wrote, with the settings it was saved with (see [`config`])."""
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The `config` that [`Retriever.save`] wrote last; an `InputError` if it did not come so far."""
+    path = Path(folder) / "retriever.json"
+    if not path.is_file():
+        raise InputError(f"{folder} holds no finished index (there is no retriever.json): index the corpus again.")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def unique_ids(documents: list["Document"]) -> list[str]:

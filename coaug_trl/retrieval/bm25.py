@@ -19,7 +19,7 @@ from scipy import sparse
 from ..data import Document
 from ..errors import InputError
 from ..files import write_json
-from .base import Retriever, unique_ids
+from .base import Retriever, read_config, unique_ids
 
 
 # bm25s sets its own logger to DEBUG, and any application with a root handler would print all it says.
@@ -267,9 +267,7 @@ class BM25Retriever(Retriever):
             `InputError`: there is no finished BM25 index in the folder.
         """
         folder = Path(folder)
-        if not (folder / "retriever.json").exists():
-            raise InputError(f"{folder} holds no finished index (there is no retriever.json): index the corpus again.")
-        config = _read_json(folder / "retriever.json")
+        config = read_config(folder)
         if config.pop("retriever", None) != "bm25":
             raise InputError(f"{folder} holds an index of another retriever than BM25: see its retriever.json.")
         retriever = cls(**config)

@@ -17,7 +17,7 @@ from ..data import Document
 from ..errors import InputError
 from ..files import write_json
 from ..prompts import document_text
-from .base import Retriever, unique_ids
+from .base import Retriever, read_config, unique_ids
 
 
 try:
@@ -266,9 +266,7 @@ class DenseRetriever(Retriever):
             `InputError`: there is no finished dense index in the folder, or its model is not there or has changed.
         """
         folder = Path(folder)
-        if not (folder / "retriever.json").exists():
-            raise InputError(f"{folder} holds no finished index (there is no retriever.json): index the corpus again.")
-        config = json.loads((folder / "retriever.json").read_text(encoding="utf-8"))
+        config = read_config(folder)
         if config.pop("retriever", None) != "dense":
             raise InputError(f"{folder} holds an index of another retriever than a dense one: see its retriever.json.")
         retriever = cls(**config)

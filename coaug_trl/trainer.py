@@ -359,10 +359,10 @@ class CoAugTrainer(GRPOTrainer):
             ]
         deployed = copy.copy(self.retriever)
         deployed.index(documents)
-        measure = f"nDCG@{self.args.ndcg_k}"
-        runs = {measure: retrieve(deployed, queries, EVAL_DEPTH)}
+        measure, depth = f"nDCG@{self.args.ndcg_k}", max(EVAL_DEPTH, self.args.ndcg_k)
+        runs = {measure: retrieve(deployed, queries, depth)}
         if self.retriever.kind == "sparse":  # dense scores take no statistics from the corpus
-            ranked = self.retriever.rank(list(queries.values()), documents, EVAL_DEPTH)
+            ranked = self.retriever.rank(list(queries.values()), documents, depth)
             runs[f"{measure}_reward_statistics"] = dict(zip(queries, map(dict, ranked), strict=True))
             # Statistics of another corpus would say nothing of the words of this one.
             if self.args.refresh_statistics and collection.name == self.train_collection.name:

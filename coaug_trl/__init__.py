@@ -17,6 +17,7 @@ _PUBLIC = {
     "Document": "data",
     "InputError": "errors",
     "PromptSet": "prompts",
+    "RetrievalMetric": "metric",
     "exact_ndcg_rewards": "rewards",
     "sampled_ndcg_rewards": "rewards",
 }
@@ -30,6 +31,7 @@ __all__ = [
     "Document",
     "InputError",
     "PromptSet",
+    "RetrievalMetric",
     "exact_ndcg_rewards",
     "sampled_ndcg_rewards",
 ]
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from .config import CoAugConfig
     from .data import Collection, Document
     from .errors import InputError
+    from .metric import RetrievalMetric
     from .prompts import PromptSet
     from .retrieval import BM25Retriever, DenseRetriever
     from .rewards import exact_ndcg_rewards, sampled_ndcg_rewards

@@ -214,10 +214,11 @@ class Augmenter:
             `dict`: the manifest.
 
         Raises:
-            `InputError`: The folder holds augmentations of another model, prompt set or collection, or a damaged
-                file.
+            `InputError`: The prompt set has no prompt for one of the sides, or the folder holds augmentations of
+                another model, prompt set or collection, or a damaged file.
         """
-        output_dir = Path(output_dir)
+        output_dir, sides = Path(output_dir), tuple(sides)
+        self.settings.prompt_set.check_sides(sides)
         manifest = {
             "model": self.name,
             "revision": self.revision,
@@ -337,6 +338,20 @@ class AugmentedCollection:
             )
         return cls(prompt_set, manifest, answers)
 
+    def check(self, collection: Collection, prompt_set: PromptSet, retriever: dict[str, Any]) -> None:
+        """Raises an `InputError` if training with these could not have made such augmentations."""
+        differences = {
+            "collection": (self.manifest["collection"], collection.name),
+            "prompt set": (self.manifest["prompt_hash"], prompt_set.hash),
+            "retriever": (self.manifest["retriever"] or retriever, retriever),  # an untrained policy names none
+        }
+        for what, (theirs, ours) in differences.items():
+            if theirs != ours:
+                raise InputError(
+                    f"The augmentations were made for the {what} {theirs}, and training is for {ours}; augment the "
+                    "documents with a policy of the same settings."
+                )
+
     def queries(self, collection: Collection) -> dict[str, str]:
         """Texts to search for the judged queries, by id."""
         answers = self._checked("query", collection.qrels)
@@ -371,6 +386,14 @@ def side_texts(collection: Collection, side: str) -> dict[str, str]:
     if side == "query":
         return {id_: collection.queries[id_] for id_ in collection.qrels}
     return {id_: document_text(document) for id_, document in collection.corpus.items()}
+
+
+def describe_side(side: str, counts: dict[str, Any]) -> str:
+    """A line on one side of a manifest."""
+    return (
+        f"{side}: {counts['texts']:,} texts, {counts['empty']:,} left as they were, {counts['incomplete']:,} answers "
+        f"incomplete, {counts['truncated']:,} texts cut"
+    )
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:

@@ -16,7 +16,9 @@ from .files import write_json, write_jsonl
 # Everything heavier is imported by the command that needs it, so that --help answers at once.
 if TYPE_CHECKING:
     from .augment import Augmentation, AugmentedCollection
-    from .data import Collection, Document
+    from .compare import Table
+    from .data import Collection
+    from .policy import GenerationSettings
     from .prompts import PromptSet
     from .retrieval import Retriever
 
@@ -39,7 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
         from .train import main as train
 
         return run_command(lambda: train(arguments[1:]))
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, others = parser.parse_known_args(arguments)
+    if others and not hasattr(options, "recipe_arguments"):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    options.recipe_arguments = others  # fields of a recipe, for TRL's parser
     return run_command(lambda: options.run(options))
 
 
@@ -104,22 +110,41 @@ def _parser() -> argparse.ArgumentParser:
     _add_retriever(evaluate)
     evaluate.add_argument("--augmentations", metavar="DIR", help="folder made by coaug augment; default: none")
     evaluate.add_argument("--side", choices=["query", "document", "both"], default="both", help="side to augment")
-    evaluate.add_argument("--k", type=int, default=1000, help="depth of the run; default: 1000")
-    evaluate.add_argument(
-        "--ignore_identical_ids",
-        action="store_true",
-        help="leave out the document with the id of the query, where queries are documents: ArguAna, Quora",
-    )
+    _add_run(evaluate)
     evaluate.add_argument("--output", required=True, metavar="DIR", help="folder of the evaluation")
     evaluate.set_defaults(run=_evaluate)
 
+    baselines = commands.add_parser(
+        "baselines",
+        help="evaluate and compare the field's expansion methods with one model",
+        description="Evaluates expansion methods with one language model, and RM3, on the same collection with the "
+        "same retriever, and tests them against each other. Systems: none, untrained-query, untrained-document, "
+        "untrained-both (the package's prompts), query2doc, hyde (dense only), pseudo-document, doc2query, rm3 (BM25 "
+        "only), trained (with --policy). The same command goes on after an interruption.",
+    )
+    _add_collection(baselines, "test")
+    baselines.add_argument("--model", help="language model of all prompts: a folder or a Hub id")
+    baselines.add_argument("--revision", help="revision of the model on the Hub")
+    baselines.add_argument("--policy", metavar="RUN", help="folder of a trained policy, the system trained")
+    baselines.add_argument("--only", nargs="+", default=[], metavar="NAME", help="systems to run; default: all")
+    _add_retriever(baselines)
+    baselines.add_argument("--max_new_tokens", type=int, help="longest answer of the model, in tokens; default: 512")
+    baselines.add_argument("--repetition_penalty", type=float, help="of the model; default: 1.2")
+    baselines.add_argument("--batch_size", type=int, default=32, help="texts generated for at once; default: 32")
+    _add_run(baselines)
+    baselines.add_argument("--output", required=True, metavar="DIR", help="folder of augmentations and evaluations")
+    _add_format(baselines)
+    baselines.set_defaults(run=_baselines)
+
     compare = commands.add_parser("compare", help="test evaluations against each other, pair by pair")
     compare.add_argument("folders", nargs="+", metavar="RUN_DIR", help="evaluation folders, the baseline first")
-    compare.add_argument("--measures", nargs="+", metavar="MEASURE", help="such as nDCG@10; default: all there are")
     compare.add_argument(
-        "--format", choices=["table", "markdown", "latex"], default="table", help="of the tables; default: table"
+        "--measures", nargs="+", metavar="MEASURE", help="such as nDCG@10; default: those in all folders"
     )
+    _add_format(compare)
     compare.set_defaults(run=_compare)
+
+    _add_analyze(commands.add_parser("analyze", help="the analyses of the paper: words, advantages, sampled rewards"))
     return parser
 
 
@@ -144,26 +169,42 @@ def _add_retriever(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--embedding_cache", metavar="DIR", help="dense: where embeddings are kept; default: nowhere")
 
 
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--k", type=int, default=1000, help="depth of the run; default: 1000")
+    parser.add_argument(
+        "--measures",
+        nargs="+",
+        metavar="MEASURE",
+        help="any of ir-measures, such as P(rel=2)@5; default: nDCG@10 nDCG@100 R@100 RR@10 AP",
+    )
+    parser.add_argument(
+        "--ignore_identical_ids",
+        action="store_true",
+        help="leave out the document with the id of the query, where queries are documents: ArguAna, Quora",
+    )
+
+
+def _add_format(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--format", choices=["table", "markdown", "latex"], default="table", help="of the tables; default: table"
+    )
+
+
 def _sides(side: str) -> tuple[str, ...]:
     return ("query", "document") if side == "both" else (side,)
 
 
 def _augment(options: argparse.Namespace) -> None:
-    from .augment import MANIFEST, Augmenter
+    from .augment import MANIFEST, Augmenter, describe_side
     from .data import Collection
-    from .policy import GenerationSettings, PolicySettings
+    from .policy import PolicySettings
     from .prompts import PromptSet
 
     collection = Collection.load(options.collection, options.split)
     print(collection.summary())
     trained = PolicySettings.load(options.model) if Path(options.model).is_dir() else None
     prompt_set = PromptSet.load(options.prompt_set) if options.prompt_set else None
-    given = {
-        name: getattr(options, name)
-        for name in ("max_new_tokens", "repetition_penalty")
-        if getattr(options, name) is not None
-    }
-    generation = GenerationSettings(**given) if given else None
+    generation = _generation(options)
     if trained is None:
         prompt_set = prompt_set or PromptSet.default("dense" if options.retriever == "dense" else "sparse")
     augmenter = Augmenter.from_pretrained(
@@ -171,14 +212,24 @@ def _augment(options: argparse.Namespace) -> None:
     )
     manifest = augmenter.augment_collection(collection, options.output, _sides(options.side))
     for side, counts in manifest["sides"].items():
-        print(
-            f"{side}: {counts['texts']:,} texts, {counts['empty']:,} left as they were, "
-            f"{counts['incomplete']:,} answers incomplete, {counts['truncated']:,} texts cut"
-        )
+        print(describe_side(side, counts))
     print(f"{Path(options.output) / MANIFEST}")
 
 
+def _generation(options: argparse.Namespace) -> "GenerationSettings | None":
+    """The generation settings given for an untrained model, if any."""
+    from .policy import GenerationSettings
+
+    given = {
+        name: getattr(options, name)
+        for name in ("max_new_tokens", "repetition_penalty")
+        if getattr(options, name) is not None
+    }
+    return GenerationSettings(**given) if given else None
+
+
 def _index(options: argparse.Namespace) -> None:
+    from .baselines import compose
     from .data import Collection
     from .data.loaders import open_source
     from .policy import package_versions
@@ -190,7 +241,8 @@ def _index(options: argparse.Namespace) -> None:
     collection = Collection.load(options.collection, split)
     print(collection.summary())
     augmented, retriever = _augmented_and_retriever(options, collection, ("document",))
-    retriever.index(_documents(collection, augmented, retriever))
+    _, documents = compose(collection, augmented, retriever)
+    retriever.index(documents)
 
     manifest = {
         "finished": False,
@@ -252,11 +304,7 @@ def _search(options: argparse.Namespace) -> None:
         raise InputError(f"{folder}: {fault}; make it with coaug index.")
     from .retrieval import load_retriever
 
-    try:
-        retriever = load_retriever(folder)
-    except (ValueError, EOFError) as error:  # JSON or arrays cut short
-        raise InputError(f"{folder}: the index is damaged ({error}); index the collection again.") from None
-
+    retriever = load_retriever(folder)
     augmentations, texts = [None] * len(options.queries), options.queries
     if options.model:
         augmentations, prompt_set = _augment_queries(options, manifest, retriever)
@@ -357,37 +405,51 @@ def _print_hits(query: str, answer: str | None, rows: list[dict[str, Any]]) -> N
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from .baselines import compose, evaluation_manifest
     from .data import Collection
-    from .evaluation import retrieve, save_evaluation
-    from .policy import package_versions
+    from .evaluation import MEASURES, judged_texts, parse_measures, retrieve, save_evaluation
 
+    measures = parse_measures(options.measures or MEASURES)
     collection = Collection.load(options.collection, options.split)
     print(collection.summary())
     augmented, retriever = _augmented_and_retriever(options, collection, _sides(options.side))
-    if augmented:
-        queries = augmented.queries(collection)
-    else:
-        queries = {query_id: collection.queries[query_id] for query_id in collection.qrels}
-    retriever.index(_documents(collection, augmented, retriever))
+    queries, documents = compose(collection, augmented, retriever)
+    retriever.index(documents)
     run = retrieve(retriever, queries, options.k, options.ignore_identical_ids)
-    manifest = {
-        "collection": collection.name,
-        "split": collection.split,
-        "retriever": retriever.config,
-        "depth": options.k,
-        "ignore_identical_ids": options.ignore_identical_ids,
-        "augmentations": augmented.manifest if augmented else None,
-        "augmented_sides": sorted(augmented.answers) if augmented else [],
-        "versions": package_versions(),
-    }
-    metrics = save_evaluation(options.output, run, collection.qrels, manifest)
-    for name, value in metrics.items():
-        if isinstance(value, float):
-            print(f"{name:>8}  {value:.4f}")
+    manifest = evaluation_manifest(
+        collection, augmented, retriever.config, queries, documents, options.k, options.ignore_identical_ids
+    )
+    texts = judged_texts(collection, augmented.answers if augmented else None)
+    metrics = save_evaluation(options.output, run, collection.qrels, manifest, measures.values(), texts)
+    too_deep = [
+        name
+        for measure, name in measures.items()
+        if options.k < measure.params.get("cutoff", 0) and options.k < len(collection.corpus)
+    ]
+    if too_deep:
+        print(f"note: {', '.join(too_deep)} would need more than the {options.k:,} hits of --k", file=sys.stderr)
+    _print_means(options.output, run)
     print(
         f"over {metrics['num_queries']:,} judged queries, of which {metrics['num_queries_without_hits']:,} found "
         f"nothing and count 0; {options.output}"
     )
+
+
+def _print_means(folder: str, run: dict[str, dict[str, float]]) -> None:
+    """Prints the means of an evaluation, and those that leave out queries without hits where there are any."""
+    from statistics import fmean
+
+    from .evaluation import load_evaluation
+
+    evaluation = load_evaluation(folder)
+    with_hits = [values for query_id, values in evaluation.per_query.items() if run.get(query_id)]
+    width = max(map(len, evaluation.measures))
+    for name in evaluation.measures:
+        line = f"{name:>{width}}  {evaluation.metrics[name]:.4f}"
+        if 0 < len(with_hits) < len(evaluation.per_query):
+            mean = fmean(values[name] for values in with_hits)
+            line += f"   ({mean:.4f} over the {len(with_hits):,} queries with hits, as BEIR averages)"
+        print(line)
 
 
 def _augmented_and_retriever(
@@ -395,32 +457,12 @@ def _augmented_and_retriever(
 ) -> tuple["AugmentedCollection | None", "Retriever"]:
     """What `index` and `evaluate` work with, refused where it does not belong together."""
     from .augment import AugmentedCollection
-    from .retrieval import make_retriever
 
-    given = {
-        name: getattr(options, option)
-        for name, option in (*((name, name) for name in ("fields", "k1", "b", "language")), ("model", "encoder"))
-        if getattr(options, option) is not None
-    }
     augmented, trained_with = None, {}
     if options.augmentations:
         augmented = AugmentedCollection.load(options.augmentations, sides)
         trained_with = augmented.manifest["retriever"]
-    # What the policy was trained for is the default, and nothing else is accepted.
-    settings = {"retriever": options.retriever} | trained_with | given
-    if trained_with and settings != trained_with:
-        raise InputError(
-            f"{options.augmentations} was made by a policy trained for {trained_with}, not for {settings}; "
-            "leave the retriever's settings out, or augment with an untrained model."
-        )
-    if settings.pop("retriever") != options.retriever:
-        raise InputError(
-            f"{options.augmentations} was made by a policy trained for {trained_with}, and the retriever is "
-            f"{options.retriever}; use the one it was trained for."
-        )
-    if options.embedding_cache:
-        settings["cache_dir"] = options.embedding_cache
-    retriever = make_retriever(options.retriever, **settings)
+    retriever = _retriever(options, trained_with, f"{options.augmentations} was made by a policy")
     if augmented and augmented.prompt_set.kind != retriever.kind:
         raise InputError(
             f"{options.augmentations} was made with prompts for {augmented.prompt_set.kind} retrievers, and the "
@@ -434,18 +476,205 @@ def _augmented_and_retriever(
     return augmented, retriever
 
 
-def _documents(
-    collection: "Collection", augmented: "AugmentedCollection | None", retriever: "Retriever"
-) -> list["Document"]:
-    if augmented is None:
-        return list(collection.corpus.values())
-    return augmented.documents(collection, retriever.answer_field)
+def _retriever(options: argparse.Namespace, trained_with: dict[str, Any], policy: str) -> "Retriever":
+    """The retriever of the options; refused where it is not the one that the policy was trained with."""
+    from .retrieval import make_retriever
+
+    given = {
+        name: getattr(options, option)
+        for name, option in (*((name, name) for name in ("fields", "k1", "b", "language")), ("model", "encoder"))
+        if getattr(options, option) is not None
+    }
+    # What the policy was trained for is the default, and nothing else is accepted.
+    settings = {"retriever": options.retriever} | trained_with | given
+    if trained_with and settings != trained_with:
+        raise InputError(
+            f"{policy} trained for {trained_with}, not for {settings}; "
+            "leave the retriever's settings out, or augment with an untrained model."
+        )
+    if settings.pop("retriever") != options.retriever:
+        raise InputError(
+            f"{policy} trained for {trained_with}, and the retriever is {options.retriever}; use the one it was "
+            "trained for."
+        )
+    if options.embedding_cache:
+        settings["cache_dir"] = options.embedding_cache
+    return make_retriever(options.retriever, **settings)
+
+
+def _baselines(options: argparse.Namespace) -> None:
+    from .baselines import COMPARISON_FILE, choose_systems, run_baselines
+    from .data import Collection
+    from .evaluation import MEASURES, parse_measures
+    from .policy import PolicySettings
+
+    measures = list(parse_measures(options.measures or MEASURES).values())
+    generation = _generation(options)
+    trained = PolicySettings.load(options.policy) if options.policy and Path(options.policy).is_dir() else None
+    retriever = _retriever(options, trained.retriever if trained else {}, f"{options.policy} is a policy")
+    systems = choose_systems(retriever, options.model, options.policy, options.only)
+    collection = Collection.load(options.collection, options.split)
+    print(collection.summary())
+    comparison = run_baselines(
+        systems,
+        collection,
+        retriever,
+        options.output,
+        options.model,
+        options.policy,
+        generation,
+        options.batch_size,
+        options.revision,
+        options.k,
+        options.ignore_identical_ids,
+        measures,
+    )
+    if comparison:
+        print(f"\n{comparison.render(options.format)}\n\n{Path(options.output) / COMPARISON_FILE}")
 
 
 def _compare(options: argparse.Namespace) -> None:
     from .compare import compare_folders
 
-    print(compare_folders(options.folders, options.measures).render(options.format))
+    comparison = compare_folders(options.folders, options.measures)
+    for note in comparison.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(comparison.render(options.format))
+
+
+# coaug analyze
+
+
+def _add_analyze(parser: argparse.ArgumentParser) -> None:
+    analyses = parser.add_subparsers(title="analyses", required=True, metavar="ANALYSIS")
+
+    alignment = analyses.add_parser(
+        "alignment",
+        help="cross-entropy H(Q,D) of the words of queries and documents",
+        description="Cross-entropy H(Q,D) of the words of the judged queries relative to those of all documents, in "
+        "nats a word, with and without augmentations. Words are those BM25 reads: lower case, no stop words, stemmed. "
+        "The paper (Table 3) does not state base, smoothing and tokenizer, so its values cannot be compared with these.",
+    )
+    _add_collection(alignment, "test")
+    alignment.add_argument(
+        "--augmentations", nargs="+", required=True, metavar="DIR", help="folders made by coaug augment"
+    )
+    alignment.add_argument(
+        "--smoothing", type=float, default=1.0, help="added to the documents' count of each word; default: 1"
+    )
+    alignment.add_argument("--language", default="english", help="Snowball stemmer; default: english")
+    alignment.add_argument("--json", action="store_true", help="print a JSON object")
+    alignment.set_defaults(run=_analyze_alignment)
+
+    advantages = analyses.add_parser(
+        "advantages",
+        usage="coaug analyze advantages [-h] [--threshold STD] [--json] "
+        "(--run RUN_DIR | --config RECIPE [--field value ...])",
+        help="what each normalisation does to the rewards of a text's rollouts",
+        description="Shares of texts whose rollouts get their variance amplified, or advantages of one sign, under "
+        "three normalisations of the joint reward (the paper's Table 7): from the completions a run logged, or from "
+        "one generation batch of a recipe, without training.",
+        allow_abbrev=False,
+    )
+    source = advantages.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", dest="run_dir", metavar="RUN_DIR", help="run trained with log_completions")
+    source.add_argument("--config", metavar="RECIPE", help="recipe of coaug train; its fields may follow")
+    advantages.add_argument(
+        "--threshold", type=float, default=0.02, metavar="STD", help="of a small standard deviation; default: 0.02"
+    )
+    advantages.add_argument("--json", action="store_true", help="print a JSON object")
+    advantages.set_defaults(run=_analyze_advantages, recipe_arguments=[])
+
+    reward = analyses.add_parser(
+        "reward",
+        help="error, variance and time of the sampled reward",
+        description="Error, variance and time of the sampled reward against the exact one, on generated scores "
+        "(the paper's section 3.3).",
+    )
+    reward.add_argument(
+        "--pools", type=int, nargs="+", default=[15, 100, 480, 1000], help="documents; default: 15 100 480 1000"
+    )
+    reward.add_argument(
+        "--samples",
+        type=int,
+        nargs="+",
+        default=[16, 64, 256, 512, 1024, 4096],
+        help="draws of the sampled reward; default: 16 64 256 512 1024 4096",
+    )
+    reward.add_argument("--repeats", type=int, default=10, help="estimates with different draws; default: 10")
+    reward.add_argument("--seed", type=int, default=0, help="seed of scores and draws; default: 0")
+    reward.add_argument("--output", metavar="DIR", help="folder for reward_study.json and reward_study.png")
+    reward.set_defaults(run=_analyze_reward)
+
+
+def _analyze_alignment(options: argparse.Namespace) -> None:
+    from .analysis import alignment_table, measure_alignment
+    from .data import Collection
+
+    collection = Collection.load(options.collection, options.split)
+    rows = measure_alignment(collection, options.augmentations, options.smoothing, options.language)
+    settings = {
+        "collection": collection.name,
+        "split": collection.split,
+        "unit": "nats",
+        "smoothing": options.smoothing,
+        "language": options.language,
+    }
+    title = (
+        f"{collection.name} ({collection.split}): H(Q,D) in nats a word, {options.smoothing:g} added to the documents' "
+        f"count of each word; words as BM25 reads them ({options.language}); unseen: query words in no document"
+    )
+    _print_analysis(options.json, settings, rows, alignment_table(rows, title))
+
+
+def _analyze_advantages(options: argparse.Namespace) -> None:
+    from .analysis import anomalies_table, generate_rewards, measure_anomalies, read_rewards
+
+    if options.config is None:
+        if options.recipe_arguments:
+            raise InputError(f"{options.recipe_arguments[0]}: fields of a recipe go with --config, not with --run.")
+        batches = read_rewards(options.run_dir)
+    else:
+        batches = [generate_rewards(["--config", options.config, *options.recipe_arguments])]
+    rows = measure_anomalies(batches, options.threshold)
+    settings = {
+        "source": options.run_dir or options.config,
+        "num_generation_batches": len(batches),
+        "num_rollouts": len(next(iter(batches[0].values()))),
+        "threshold": options.threshold,
+    }
+    title = (
+        f"{settings['source']}: {len(batches):,} generation batch{'es' if len(batches) > 1 else ''}, "
+        f"{settings['num_rollouts']} rollouts a text; small: a standard deviation below {options.threshold:g}, of the "
+        "rewards before and the advantages after; amplified variance: small before less small after"
+    )
+    _print_analysis(options.json, settings, rows, anomalies_table(rows, title))
+
+
+def _print_analysis(as_json: bool, settings: dict[str, Any], rows: list[Any], table: "Table") -> None:
+    from dataclasses import asdict
+
+    if as_json:
+        print(json.dumps(settings | {"rows": [asdict(row) for row in rows]}, indent=2, ensure_ascii=False))
+    else:
+        print(table)
+
+
+def _analyze_reward(options: argparse.Namespace) -> None:
+    from .analysis import errors_table, import_figure, save_study, study_rewards
+
+    if options.output:  # rather now than after the work
+        import_figure()
+        Path(options.output).mkdir(parents=True, exist_ok=True)
+    rows = study_rewards(options.pools, options.samples, options.repeats, options.seed)
+    title = (
+        f"Sampled against exact reward (NDCG@10), 5 rollouts a text, {options.repeats} repeats: mean and largest "
+        "absolute error, variance of an estimate, median seconds for the pool"
+    )
+    print(errors_table(rows, title))
+    if options.output:
+        save_study(rows, {"repeats": options.repeats, "seed": options.seed}, options.output)
+        print(f"{Path(options.output) / 'reward_study.json'}, {Path(options.output) / 'reward_study.png'}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Compare evaluations: means, paired tests of all pairs, and the queries that changed most."""
+"""Compare evaluations: means, paired tests of all pairs, and the queries that changed most, with examples."""
 
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +18,8 @@ from rich.text import Text
 from tqdm.auto import tqdm
 
 from .errors import InputError
-from .evaluation import compare, load_evaluation
+from .evaluation import TEXTS_FILE, Evaluation, compare, load_evaluation
+from .examples import Example, Piece, Side, read_examples
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -85,11 +86,17 @@ class Comparison:
             Measure to, for each system, query id to value.
         pairs (`list[Pair]`):
             All pairs of systems, measure by measure.
+        examples (`list[Example]`):
+            The queries that changed most from the first system to the last, with their texts.
+        notes (`list[str]`):
+            What was left out.
     """
 
     names: list[str]
     values: dict[str, list[dict[str, float]]]
     pairs: list[Pair]
+    examples: list[Example] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def means(self, measure: str) -> list[float]:
         """Mean of a measure for each system."""
@@ -129,16 +136,22 @@ class Comparison:
 
     def render(self, format: str = "table") -> str:
         """
-        Writes the tables: means, pairs for each measure, and the queries that changed most by the first measure.
+        Writes the tables: means, pairs for each measure, and the queries that changed most by the first measure; then
+        what the first system and the last made of those queries.
 
         Args:
             format (`str`, *optional*, defaults to `"table"`):
                 `"table"` for a terminal, `"markdown"`, or `"latex"` (needs the package booktabs).
 
         Returns:
-            `str`: the tables, with an empty line between them.
+            `str`: the tables and examples, with an empty line between them.
         """
-        return "\n\n".join(FORMATS[format](table) for table in self._tables())
+        blocks = [FORMATS[format](table) for table in self._tables()]
+        if self.examples:
+            blocks.append(
+                EXAMPLE_FORMATS[format](next(iter(self.values)), (self.names[0], self.names[-1]), self.examples)
+            )
+        return "\n\n".join(blocks)
 
     def _tables(self) -> list["Table"]:
         measures = list(self.values)
@@ -191,25 +204,22 @@ def compare_folders(folders: Sequence[str | Path], measures: Iterable[str] | Non
         folders (`Sequence[str | Path]`):
             Two to 26 folders that [`~coaug_trl.evaluation.save_evaluation`] wrote, the baseline first.
         measures (`Iterable[str]`, *optional*):
-            Measures to compare by; defaults to those of the first folder.
+            Measures to compare by; defaults to those of the first folder that all have.
 
     Returns:
         [`Comparison`]: systems are named by their folders.
 
     Raises:
         `InputError`: fewer than two folders or more than 26, one given twice, one that is no evaluation, or folders of
-            different queries, collections or measures.
+            different queries or collections, or without a measure that is asked for or that all have.
     """
     if not 2 <= len(folders) <= len(LETTERS):
         raise InputError(f"Compare two evaluation folders or more, up to {len(LETTERS)}; given: {len(folders)}.")
     names = _distinct_names(folders)
     evaluations = [load_evaluation(folder) for folder in folders]
     first = evaluations[0]
-    measures = list(dict.fromkeys(measures or first.measures))
+    measures, notes = _common_measures(measures, folders, evaluations)
     for folder, evaluation in zip(folders, evaluations, strict=True):
-        absent = [measure for measure in measures if measure not in evaluation.measures]
-        if absent:
-            raise InputError(f"{folder} has no {absent[0]}; its measures are {', '.join(evaluation.measures)}.")
         # Ids such as 1, 2, 3 may be the same in collections that have nothing to do with each other.
         collections = [first.manifest.get("collection"), evaluation.manifest.get("collection")]
         if None not in collections and collections[0] != collections[1]:
@@ -249,7 +259,38 @@ def compare_folders(folders: Sequence[str | Path], measures: Iterable[str] | Non
                         **test,
                     )
                 )
-    return Comparison(names, values, pairs)
+    comparison = Comparison(names, values, pairs, notes=notes)
+    changes = comparison.changes(measures[0])
+    without_texts = [folder for folder in (folders[0], folders[-1]) if not (Path(folder) / TEXTS_FILE).is_file()]
+    if changes and without_texts:
+        notes.append(f"no examples: {without_texts[0]} has no {TEXTS_FILE}; evaluate again with coaug evaluate")
+    elif changes:
+        languages = [_language(evaluation) for evaluation in (first, evaluations[-1])]
+        comparison = replace(comparison, examples=read_examples((folders[0], folders[-1]), changes, languages))
+    return comparison
+
+
+def _common_measures(
+    measures: Iterable[str] | None, folders: Sequence[str | Path], evaluations: list[Evaluation]
+) -> tuple[list[str], list[str]]:
+    """The measures asked for, which all folders must have, or else those all have; and a note on others."""
+    wanted = list(dict.fromkeys(measures or evaluations[0].measures))
+    absent = {}
+    for folder, evaluation in zip(folders, evaluations, strict=True):
+        for measure in wanted:
+            if measure not in evaluation.measures:
+                absent.setdefault(measure, (folder, ", ".join(evaluation.measures)))
+    common = [measure for measure in wanted if measure not in absent]
+    if absent and (measures or not common):
+        measure, (folder, its_measures) = next(iter(absent.items()))
+        raise InputError(f"{folder} has no {measure}; its measures are {its_measures}.")
+    notes = [f"{measure} is left out: {folder} does not have it" for measure, (folder, _) in absent.items()]
+    return common, notes
+
+
+def _language(evaluation: Evaluation) -> str:
+    """The language of the words that examples mark: BM25's, and English for other retrievers."""
+    return evaluation.manifest.get("retriever", {}).get("language", "english")
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -308,7 +349,7 @@ def _distinct_names(folders: Sequence[str | Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-# Tables, and the three ways to write them
+# Tables and examples, and the three ways to write them
 
 
 class Cell(NamedTuple):
@@ -324,6 +365,10 @@ class Table(NamedTuple):
     header: list[str]
     rows: list[list[Cell]]
     left: int
+
+    def __str__(self) -> str:
+        """As a terminal shows it."""
+        return _terminal(self)
 
 
 def _pair_row(pair: Pair) -> list[Cell]:
@@ -351,6 +396,7 @@ _LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "^": r"\textasciicircum{}",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
+    "…": r"\ldots{}",
 }
 
 
@@ -365,51 +411,128 @@ def _terminal(table: Table) -> str:
         )
     # In a file or a pipe nothing is folded.
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 1000)
+    return _print(console, Text(table.title), *[rich_table] * bool(table.rows))
+
+
+def _print(console: Console, *parts: Text | RichTable) -> str:
     with console.capture() as capture:
-        console.print(Text(table.title))
-        if table.rows:
-            console.print(rich_table)
+        for part in parts:
+            console.print(part)
     return "\n".join(line.rstrip() for line in capture.get().splitlines()).rstrip()
 
 
-def _markdown(table: Table) -> str:
-    def escape(text: str) -> str:
-        return re.sub(r"([\\|*`<\[\]])", r"\\\1", text)
+def _terminal_examples(measure: str, names: tuple[str, str], examples: list[Example]) -> str:
+    # Texts are folded in a file, too.
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100, highlight=False)
+    styled = console.color_system is not None
 
+    def mark(pieces: list[Piece]) -> Text:
+        if styled:
+            return Text.assemble(*((piece.text, "bold green" if piece.shared else "") for piece in pieces))
+        return Text("".join(piece.text.upper() if piece.shared else piece.text for piece in pieces))
+
+    parts = [Text(_examples_title(measure, "marked" if styled else "in capitals"))]
+    for example in examples:
+        grid = RichTable.grid(padding=(0, 2, 0, 0), pad_edge=False)
+        for _ in range(3):
+            grid.add_column(overflow="fold")
+        for name, type_, side in _example_rows(names, example):
+            text = mark(side.text)
+            if side.augmentation:
+                text = Text.assemble(text, "\n+ ", mark(side.augmentation))
+            grid.add_row(Text(f"  {name}"), Text(type_), text)
+        parts += [Text(""), Text(_example_title(example), "bold"), grid]
+    return _print(console, *parts)
+
+
+def _examples_title(measure: str, marked: str) -> str:
+    return (
+        f"{measure}: what the first system and the last made of these queries and of a relevant document; words that "
+        f"query and document share are {marked}"
+    )
+
+
+def _example_title(example: Example) -> str:
+    first, last = example.values
+    ranks = ["not found" if rank is None else f"rank {rank}" for rank in example.ranks]
+    return (
+        f"Query {example.query_id}: {first:.4f} to {last:.4f}; document {example.document_id}: "
+        f"{' to '.join(ranks) if ranks[0] != ranks[1] else ranks[0]}"
+    )
+
+
+def _example_rows(names: tuple[str, str], example: Example) -> Iterator[tuple[str, str, Side]]:
+    """Name of the system, type of the text, and the text; a name stands in the first row of its system only."""
+    if example.sides[0] == example.sides[1]:  # the systems differ in the retriever, not in the texts
+        names = ("both",)
+    for name, (query, document) in zip(names, example.sides, strict=False):
+        yield name, "query", query
+        yield "", "document", document
+
+
+def _escape_markdown(text: str) -> str:
+    return re.sub(r"([\\|*`<\[\]~&$]|(?<!\w)_|_(?!\w))", r"\\\1", text)
+
+
+def _markdown(table: Table) -> str:
     def write(cell: Cell) -> str:
-        text = f"**{escape(cell.text)}**" if cell.bold else escape(cell.text)
+        text = f"**{_escape_markdown(cell.text)}**" if cell.bold else _escape_markdown(cell.text)
         return f"{text}<sup>{cell.superscript}</sup>" if cell.superscript else text
 
     lines = [
-        list(map(escape, table.header)),
+        list(map(_escape_markdown, table.header)),
         ["---" if column < table.left else "---:" for column in range(len(table.header))],
         *(list(map(write, row)) for row in table.rows),
     ]
     written = ["| " + " | ".join(line) + " |" for line in lines] if table.rows else []
-    return "\n".join([escape(table.title), ""] + written).rstrip()
+    return "\n".join([_escape_markdown(table.title), ""] + written).rstrip()
+
+
+def _markdown_examples(measure: str, names: tuple[str, str], examples: list[Example]) -> str:
+    def mark(pieces: list[Piece]) -> str:
+        return _mark(pieces, _escape_markdown, "**{}**")
+
+    blocks = [_escape_markdown(_examples_title(measure, "bold"))]
+    for example in examples:
+        lines = ["| system | | text | added |", "| --- | --- | --- | --- |"]
+        lines += [
+            f"| {_escape_markdown(name)} | {type_} | {mark(side.text)} | {mark(side.augmentation)} |"
+            for name, type_, side in _example_rows(names, example)
+        ]
+        blocks += [_escape_markdown(_example_title(example)), "\n".join(lines)]
+    return "\n\n".join(blocks)
+
+
+def _mark(pieces: list[Piece], escape: Callable[[str], str], bold: str) -> str:
+    return "".join(bold.format(escape(piece.text)) if piece.shared else escape(piece.text) for piece in pieces)
+
+
+def _escape_latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)
 
 
 def _latex(table: Table) -> str:
-    def escape(text: str) -> str:
-        return "".join(_LATEX.get(character, character) for character in text)
-
     def write(cell: Cell) -> str:
-        text = rf"\textbf{{{escape(cell.text)}}}" if cell.bold else escape(cell.text)
+        text = rf"\textbf{{{_escape_latex(cell.text)}}}" if cell.bold else _escape_latex(cell.text)
         return rf"{text}\textsuperscript{{{cell.superscript}}}" if cell.superscript else text
 
     if not table.rows:
-        return escape(table.title)
+        return _escape_latex(table.title)
     columns = "l" * table.left + "r" * (len(table.header) - table.left)
+    return _latex_table(table.title, columns, table.header, (list(map(write, row)) for row in table.rows))
+
+
+def _latex_table(title: str, columns: str, header: Iterable[str], rows: Iterable[list[str]]) -> str:
     return "\n".join(
         [
             r"\begin{table}",
             r"\centering",
-            rf"\caption{{{escape(table.title)}}}",
+            rf"\caption{{{_escape_latex(title)}}}",
             rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",
-            " & ".join(map(escape, table.header)) + r" \\",
+            " & ".join(map(_escape_latex, header)) + r" \\",
             r"\midrule",
-            *(" & ".join(map(write, row)) + r" \\" for row in table.rows),
+            *(" & ".join(row) + r" \\" for row in rows),
             r"\bottomrule",
             r"\end{tabular}",
             r"\end{table}",
@@ -417,4 +540,24 @@ def _latex(table: Table) -> str:
     )
 
 
+def _latex_examples(measure: str, names: tuple[str, str], examples: list[Example]) -> str:
+    def mark(pieces: list[Piece]) -> str:
+        return _mark(pieces, _escape_latex, r"\textbf{{{}}}")
+
+    blocks = [_escape_latex(_examples_title(measure, "bold"))]
+    for example in examples:
+        rows = [
+            [_escape_latex(name), type_, mark(side.text), mark(side.augmentation)]
+            for name, type_, side in _example_rows(names, example)
+        ]
+        columns = r"llp{0.36\linewidth}p{0.36\linewidth}"
+        blocks.append(_latex_table(_example_title(example), columns, ["system", "", "text", "added"], rows))
+    return "\n\n".join(blocks)
+
+
 FORMATS: dict[str, Callable[[Table], str]] = {"table": _terminal, "markdown": _markdown, "latex": _latex}
+EXAMPLE_FORMATS: dict[str, Callable[[str, tuple[str, str], list[Example]], str]] = {
+    "table": _terminal_examples,
+    "markdown": _markdown_examples,
+    "latex": _latex_examples,
+}

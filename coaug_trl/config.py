@@ -28,6 +28,13 @@ class CoAugConfig(GRPOConfig):
             Texts in a composite group, queries and documents together.
         num_relevant (`int`, *optional*, defaults to `5`):
             At most so many relevant documents per query in a group; the rest of the group is irrelevant documents.
+        num_hard_negatives (`int`, *optional*, defaults to `0`):
+            At most so many irrelevant documents of a group are hard negatives: documents that nobody judged for its
+            queries and that the retriever ranks high for them without augmentation. They are mined when training
+            starts and kept in `hard_negatives.json` in `output_dir`. The others are drawn from the whole corpus.
+        hard_negative_ranks (`list[int]`, *optional*, defaults to `[10, 100]`):
+            First and last rank from which hard negatives are taken, counted from 1. The best ranks are left out because
+            many of their documents are relevant and only not judged; a policy would be trained to rank those lower.
         groups_per_batch (`int`, *optional*, defaults to `32`):
             Composite groups in a generation batch, over all processes.
         updates_per_batch (`int`, *optional*, defaults to `4`):
@@ -36,8 +43,13 @@ class CoAugConfig(GRPOConfig):
             Which side is augmented and trained: `"both"`, `"query"` or `"document"`. The other side's texts stay as
             they are.
         candidate_pool (`str`, *optional*, defaults to `"batch"`):
-            What a query is ranked against for its reward: `"group"`, its own group's documents (the paper's text), or
-            `"batch"`, every document of the generation batch (the published code).
+            What a query is ranked against for its reward: `"group"`, its own group's documents (the paper's text);
+            `"batch"`, every document of the generation batch (the published code); or `"corpus"`, every document
+            there is, those outside the batch with the text they have in `augmentations`.
+        augmentations (`str`, *optional*):
+            Folder of `coaug augment --side document`, made by the untrained policy or an earlier round of training:
+            the texts of documents outside the batch with `candidate_pool="corpus"`. Without it they keep their
+            original text, which rewards rollouts for having more terms than those.
         reward_estimator (`str`, *optional*, defaults to `"exact"`):
             `"exact"` for the expected NDCG over all draws of document rollouts, or `"sampled"` for the paper's average
             over `num_reward_samples` draws.
@@ -92,6 +104,19 @@ class CoAugConfig(GRPOConfig):
     queries_per_group: int = field(default=1, metadata={"help": "Queries in a composite group."})
     group_size: int = field(default=16, metadata={"help": "Texts in a composite group, queries and documents."})
     num_relevant: int = field(default=5, metadata={"help": "At most so many relevant documents per query in a group."})
+    num_hard_negatives: int = field(
+        default=0,
+        metadata={
+            "help": "At most so many irrelevant documents of a group are unjudged ones that rank high; 0 is none."
+        },
+    )
+    hard_negative_ranks: list[int] = field(
+        default_factory=lambda: [10, 100],
+        metadata={
+            "help": "First and last rank, from 1, of hard negatives in the search without augmentation. Those ranked "
+            "best are often relevant though nobody judged them, so they are left out."
+        },
+    )
     groups_per_batch: int = field(default=32, metadata={"help": "Groups in a generation batch, over all processes."})
     updates_per_batch: int = field(default=4, metadata={"help": "Optimizer steps on a generation batch."})
     augment: str = field(
@@ -101,9 +126,13 @@ class CoAugConfig(GRPOConfig):
     candidate_pool: str = field(
         default="batch",
         metadata={
-            "help": "Documents a query is ranked against: its own group's, or the whole generation batch's.",
-            "choices": ["group", "batch"],
+            "help": "Documents a query is ranked against: its own group's, the generation batch's, or all.",
+            "choices": ["group", "batch", "corpus"],
         },
+    )
+    augmentations: str | None = field(
+        default=None,
+        metadata={"help": "Folder of coaug augment: texts of documents outside the batch, for candidate_pool corpus."},
     )
     reward_estimator: str = field(
         default="exact",
@@ -177,7 +206,7 @@ class CoAugConfig(GRPOConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}; use at least 1.")
         for name, choices in (
             ("augment", ("both", "query", "document")),
-            ("candidate_pool", ("group", "batch")),
+            ("candidate_pool", ("group", "batch", "corpus")),
             ("reward_estimator", ("exact", "sampled")),
             ("advantage_normalization", ("center", "group", "batch")),
         ):
@@ -188,6 +217,24 @@ class CoAugConfig(GRPOConfig):
             raise ValueError(
                 f"group_size is {self.group_size}, too small for queries_per_group={self.queries_per_group} with "
                 f"num_relevant={self.num_relevant}; use at least {least_group}."
+            )
+        places = self.group_size - least_group
+        if not 0 <= self.num_hard_negatives <= places:
+            raise ValueError(
+                f"num_hard_negatives is {self.num_hard_negatives}, but group_size={self.group_size} leaves room for "
+                f"{places} beside queries_per_group={self.queries_per_group} and num_relevant={self.num_relevant}; use "
+                f"{f'0 to {places}' if places else 'a larger group_size, or 0'}."
+            )
+        ranks = self.hard_negative_ranks
+        if len(ranks) != 2 or not 1 <= ranks[0] <= ranks[1]:
+            raise ValueError(
+                f"hard_negative_ranks is {ranks}; use a first and a last rank, counted from 1, such as 10 100."
+            )
+        if self.augmentations is not None and (self.candidate_pool != "corpus" or self.augment == "query"):
+            raise ValueError(
+                f"augmentations is {self.augmentations!r} with candidate_pool={self.candidate_pool!r} and "
+                f"augment={self.augment!r}: it is for documents outside the batch, where documents are augmented; "
+                "leave it out, or set candidate_pool to 'corpus' and augment to 'both' or 'document'."
             )
         if self.reward_estimator == "sampled" and self.num_reward_samples < 1:
             raise ValueError(f"num_reward_samples is {self.num_reward_samples}; use at least 1, such as 512.")

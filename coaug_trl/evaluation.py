@@ -3,10 +3,12 @@
 import json
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
+from subprocess import SubprocessError
 from typing import TYPE_CHECKING, Any
 
 import ir_measures
@@ -15,12 +17,15 @@ from scipy import stats
 
 from .errors import InputError
 from .files import atomic_open, write_json, write_jsonl
+from .prompts import document_text
 
 
 if TYPE_CHECKING:
+    from .data import Collection
     from .retrieval.base import Retriever
 
-MEASURES = ("nDCG@10", "R@100", "RR@10", "AP")
+MEASURES = ("nDCG@10", "nDCG@100", "R@100", "RR@10", "AP")
+TEXTS_FILE = "texts.jsonl"
 
 Qrels = dict[str, dict[str, int]]
 Run = dict[str, dict[str, float]]
@@ -62,6 +67,45 @@ def retrieve(
     return run
 
 
+def parse_measures(names: Iterable[str]) -> dict[ir_measures.Measure, str]:
+    """
+    Reads names of measures and tries each on a judged document, so that a wrong one is refused before long work.
+
+    Args:
+        names (`Iterable[str]`):
+            Names as [ir_measures](https://ir-measur.es) writes them, such as `nDCG@10` or `P(rel=2)@5`.
+
+    Returns:
+        `dict`: the measures and the names they were given by, each once, in the order given.
+
+    Raises:
+        `InputError`: there is no such measure, it lacks a cutoff or has one that cannot be, or it needs a package that
+            is not installed.
+    """
+    measures = {}
+    for name in names:
+        try:
+            measure = ir_measures.parse_measure(name)
+        except (NameError, ValueError, KeyError, TypeError):
+            raise InputError(
+                f"There is no measure {name!r}; names are those of ir-measures, such as {', '.join(MEASURES)} or "
+                "P(rel=2)@5, in capitals and small letters as here."
+            ) from None
+        cutoff = measure.params.get("cutoff")
+        try:
+            if isinstance(cutoff, int) and cutoff < 1:  # trec_eval ends the process at such a cutoff
+                raise ValueError(f"the cutoff is {cutoff}")
+            list(ir_measures.iter_calc([measure], {"1": {"a": 1, "b": 0}}, {"1": {"a": 1.0, "b": 0.5}}))
+        # what measures and their tools answer to parameters that they do not have or cannot take
+        except (AssertionError, LookupError, ValueError, TypeError, RuntimeError, OSError, SubprocessError) as error:
+            raise InputError(
+                f"The measure {name!r} cannot be computed ({error}); give it as ir-measures documents it, such as "
+                f"{', '.join(MEASURES)}."
+            ) from None
+        measures.setdefault(measure, name)
+    return measures
+
+
 def evaluate_run(
     qrels: Qrels, run: Run, measures: Iterable[str] = MEASURES
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
@@ -76,23 +120,27 @@ def evaluate_run(
             Query id to document id to grade. A query with an empty dictionary is not judged.
         run (`dict[str, dict[str, float]]`):
             Query id to document id to score. Queries without judgments are ignored.
-        measures (`Iterable[str]`, *optional*, defaults to `("nDCG@10", "R@100", "RR@10", "AP")`):
-            Names of measures as [ir_measures](https://ir-measur.es) writes them.
+        measures (`Iterable[str]`, *optional*, defaults to `("nDCG@10", "nDCG@100", "R@100", "RR@10", "AP")`):
+            Names of measures as [`parse_measures`] reads them.
 
     Returns:
         `tuple`: the means (`{measure: value}`), and the values they are means of (`{query id: {measure: value}}`).
 
     Raises:
-        `InputError`: no query is judged, or a score is not a finite number.
+        `InputError`: no query is judged, there is no such measure, or a score is not a finite number.
     """
     judged = {query_id: judgments for query_id, judgments in qrels.items() if judgments}
     if not judged:
         raise InputError("There is no judged query to evaluate on: check the relevance judgments of this split.")
-    names = {ir_measures.parse_measure(name): name for name in measures}
-    judged_run = {query_id: run[query_id] for query_id in judged if run.get(query_id)}
+    names = parse_measures(measures)
+    judged_run = break_ties({query_id: run[query_id] for query_id in judged if run.get(query_id)})
     per_query = {query_id: dict.fromkeys(names.values(), 0.0) for query_id in judged}
-    for metric in ir_measures.iter_calc(list(names), judged, break_ties(judged_run)):
-        per_query[metric.query_id][names[metric.measure]] = float(metric.value)
+    # Queries go by numbers: gdeval, which ir_measures takes for ERR, reads no other ids.
+    query_ids = {str(number): query_id for number, query_id in enumerate(judged, start=1)}
+    numbered_qrels = {number: judged[query_id] for number, query_id in query_ids.items()}
+    numbered_run = {number: judged_run[query_id] for number, query_id in query_ids.items() if query_id in judged_run}
+    for metric in ir_measures.iter_calc(list(names), numbered_qrels, numbered_run):
+        per_query[query_ids[metric.query_id]][names[metric.measure]] = float(metric.value)
     means = {name: fmean(values[name] for values in per_query.values()) for name in names.values()}
     return means, per_query
 
@@ -186,12 +234,47 @@ def compare(values_a: dict[str, float], values_b: dict[str, float], seed: int = 
     }
 
 
-def save_evaluation(folder: str | Path, run: Run, qrels: Qrels, manifest: dict[str, Any]) -> dict[str, Any]:
+def judged_texts(
+    collection: "Collection", answers: dict[str, dict[str, str]] | None = None
+) -> Iterator[dict[str, str]]:
+    """
+    The texts that show what a system did with its queries: the judged queries and the documents relevant to them.
+
+    Args:
+        collection ([`~coaug_trl.Collection`]):
+            Whose queries and documents.
+        answers (`dict[str, dict[str, str]]`, *optional*):
+            What was added: side (`"query"`, `"document"`) to id to answer, as in
+            [`~coaug_trl.augment.AugmentedCollection`]; defaults to nothing.
+
+    Returns:
+        `Iterator[dict[str, str]]`: `_id`, `type` (the side), `text` and `augmentation`, empty where nothing was added.
+    """
+    documents = dict.fromkeys(chain.from_iterable(map(collection.relevant_documents, collection.qrels)))
+    texts = {
+        "query": {query_id: collection.queries[query_id] for query_id in collection.qrels},
+        "document": {document_id: document_text(collection.corpus[document_id]) for document_id in documents},
+    }
+    for side in texts:
+        added = (answers or {}).get(side, {})
+        for text_id, text in texts[side].items():
+            yield {"_id": text_id, "type": side, "text": text, "augmentation": added.get(text_id, "")}
+
+
+def save_evaluation(
+    folder: str | Path,
+    run: Run,
+    qrels: Qrels,
+    manifest: dict[str, Any],
+    measures: Iterable[str] = MEASURES,
+    texts: Iterable[dict[str, str]] | None = None,
+) -> dict[str, Any]:
     """
     Measures a run and writes what is needed to check and to compare it.
 
-    The files are `run.trec` (with the scores of [`break_ties`]), `qrels.trec`, `per_query.jsonl`, `manifest.json` and,
-    last, `metrics.json`. Reading the two TREC files with any evaluation tool gives the numbers of `metrics.json`.
+    The files are `run.trec` (with the scores of [`break_ties`]), `qrels.trec`, `texts.jsonl`, `per_query.jsonl`,
+    `manifest.json` and, last, `metrics.json`. Reading the two TREC files with any evaluation tool gives the numbers of
+    `metrics.json`.
 
     Args:
         folder (`str` or `Path`):
@@ -202,6 +285,10 @@ def save_evaluation(folder: str | Path, run: Run, qrels: Qrels, manifest: dict[s
             Query id to document id to grade.
         manifest (`dict[str, Any]`):
             How the run was made, JSON-able; `manifest["retriever"]` is the retriever's `config`.
+        measures (`Iterable[str]`, *optional*, defaults to `("nDCG@10", "nDCG@100", "R@100", "RR@10", "AP")`):
+            Names of measures as [`parse_measures`] reads them.
+        texts (`Iterable[dict[str, str]]`, *optional*):
+            Rows of [`judged_texts`], for the examples of `coaug compare`; without them there is no `texts.jsonl`.
 
     Returns:
         `dict[str, Any]`: the content of `metrics.json`: the means, `num_queries`, `num_queries_without_hits` and
@@ -217,7 +304,7 @@ def save_evaluation(folder: str | Path, run: Run, qrels: Qrels, manifest: dict[s
                     raise InputError(f"Id {trec_id!r} is empty or has whitespace in it: TREC files cannot hold it.")
 
     ranked = break_ties(run)
-    means, per_query = evaluate_run(qrels, ranked)
+    means, per_query = evaluate_run(qrels, ranked, measures)
     metrics = {
         **means,
         "num_queries": len(per_query),
@@ -235,6 +322,10 @@ def save_evaluation(folder: str | Path, run: Run, qrels: Qrels, manifest: dict[s
         for query_id, judgments in qrels.items():
             for document_id, grade in judgments.items():
                 file.write(f"{query_id} 0 {document_id} {grade}\n")
+    if texts is None:  # those of an evaluation that was here before are not of this one
+        (folder / TEXTS_FILE).unlink(missing_ok=True)
+    else:
+        write_jsonl(folder / TEXTS_FILE, texts)
     write_jsonl(folder / "per_query.jsonl", ({"_id": query_id, **values} for query_id, values in per_query.items()))
     write_json(folder / "manifest.json", manifest)
     write_json(folder / "metrics.json", metrics)
@@ -267,7 +358,7 @@ class Evaluation:
 
 def load_evaluation(folder: str | Path) -> Evaluation:
     """
-    Reads what [`save_evaluation`] wrote, the run and the judgments excepted.
+    Reads what [`save_evaluation`] wrote, the run, the judgments and the texts excepted.
 
     Args:
         folder (`str` or `Path`):

@@ -41,7 +41,7 @@ class Group:
         queries (`tuple[str, ...]`):
             Query ids.
         documents (`tuple[str, ...]`):
-            Document ids: those relevant to one of the queries, then the irrelevant ones.
+            Document ids: those relevant to one of the queries, then the irrelevant ones, hard negatives first.
         num_relevant (`int`):
             How many of `documents` are relevant.
     """
@@ -75,8 +75,8 @@ class CompositeGroups(torch.utils.data.Dataset):
     The groups of a collection, as a dataset indexed by position.
 
     Every query with a relevant document comes once an epoch, in an order that depends on (seed, epoch); the last
-    generation batch is filled from the epoch's start. Irrelevant documents are drawn uniformly among those that are
-    not judged relevant to any query of the group.
+    generation batch is filled from the epoch's start. Irrelevant documents are not judged relevant to any query of the
+    group: up to `num_hard_negatives` drawn from the hard negatives of its queries, the rest from the whole corpus.
 
     Args:
         collection ([`~coaug_trl.Collection`]):
@@ -91,6 +91,10 @@ class CompositeGroups(torch.utils.data.Dataset):
             Groups in a generation batch, over all processes.
         seed (`int`, *optional*, defaults to `0`):
             Seed of order and draws.
+        num_hard_negatives (`int`, *optional*, defaults to `0`):
+            At most so many irrelevant documents of a group are hard negatives.
+        hard_negatives (`dict[str, list[str]]`, *optional*):
+            Document ids by query id, from [`~coaug_trl.negatives.mine_hard_negatives`].
 
     Raises:
         `InputError`: The collection has too few queries or documents for one group.
@@ -104,6 +108,8 @@ class CompositeGroups(torch.utils.data.Dataset):
         num_relevant: int = 5,
         groups_per_batch: int = 32,
         seed: int = 0,
+        num_hard_negatives: int = 0,
+        hard_negatives: dict[str, list[str]] | None = None,
     ):
         self.collection = collection
         self.num_queries = num_queries
@@ -111,6 +117,8 @@ class CompositeGroups(torch.utils.data.Dataset):
         self.num_relevant = num_relevant
         self.groups_per_batch = groups_per_batch
         self.seed = seed
+        self.num_hard_negatives = num_hard_negatives
+        self.hard_negatives = hard_negatives or {}
         self.query_ids = collection.queries_with_relevant
         self.document_ids = list(collection.corpus)
         if len(self.query_ids) < num_queries:
@@ -154,20 +162,31 @@ class CompositeGroups(torch.utils.data.Dataset):
             drawn = generator.permutation(len(candidates))[: self.num_relevant]
             relevant.update(dict.fromkeys(candidates[index] for index in drawn))
         num_irrelevant = self.group_size - self.num_queries - len(relevant)
-        irrelevant = self._draw_irrelevant(generator, num_irrelevant, excluded)
+        hard = self._draw_hard_negatives(generator, min(self.num_hard_negatives, num_irrelevant), queries, excluded)
+        random = self._draw_documents(generator, num_irrelevant - len(hard), excluded.union(hard))
+        irrelevant = hard + random
+        if len(irrelevant) < num_irrelevant:
+            raise InputError(
+                f"{self.collection.name}: only {len(irrelevant)} documents are irrelevant to a group that needs "
+                f"{num_irrelevant}. Lower group_size or raise num_relevant."
+            )
         return Group(position, tuple(queries), (*relevant, *irrelevant), len(relevant))
 
-    def _draw_irrelevant(self, generator: np.random.Generator, count: int, excluded: set[str]) -> list[str]:
+    def _draw_hard_negatives(
+        self, generator: np.random.Generator, count: int, queries: list[str], excluded: set[str]
+    ) -> list[str]:
+        if not count:  # the generator, too, stays as it is without hard negatives
+            return []
+        mined = dict.fromkeys(id_ for query_id in queries for id_ in self.hard_negatives.get(query_id, ()))
+        candidates = [id_ for id_ in mined if id_ not in excluded]
+        draws = generator.permutation(len(candidates))[:count]
+        return [candidates[index] for index in draws]
+
+    def _draw_documents(self, generator: np.random.Generator, count: int, excluded: set[str]) -> list[str]:
         # So many distinct draws hold at least `count` documents outside `excluded`, wherever those lie.
         num_documents = len(self.document_ids)
         draws = generator.choice(num_documents, min(count + len(excluded), num_documents), replace=False)
-        irrelevant = [self.document_ids[index] for index in draws if self.document_ids[index] not in excluded]
-        if len(irrelevant) < count:
-            raise InputError(
-                f"{self.collection.name}: only {len(irrelevant)} documents are irrelevant to a group that needs "
-                f"{count}. Lower group_size or raise num_relevant."
-            )
-        return irrelevant[:count]
+        return [self.document_ids[index] for index in draws if self.document_ids[index] not in excluded][:count]
 
 
 class GroupSampler(torch.utils.data.Sampler[int]):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from .data import Document
 
 PROMPT_SET_FILE = "prompt_set.yaml"
+# How an answer joins its text; the first of each is the default.
+QUERY_RULES = ("append", "replace")
+DOCUMENT_RULES = (None, "append", "prepend")
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 
 
@@ -51,36 +55,52 @@ class PromptSet:
         kind (`str`):
             `"sparse"` (the answer is a list of keywords, appended) or `"dense"` (the answer is prose, put before a
             document).
-        query (`str`):
-            System prompt for queries.
-        document (`str`):
-            System prompt for documents.
+        query (`str` or `None`):
+            System prompt for queries; `None` in a prompt set for documents only.
+        document (`str` or `None`):
+            System prompt for documents; `None` in a prompt set for queries only.
         query_repeats (`int`, *optional*, defaults to `1`):
             How often the original query stands before its augmentation, to weigh it as Query2doc and MuGI do.
         max_document_tokens (`int`, *optional*, defaults to `1024`):
             Documents longer than this are cut before the model reads them. The retriever indexes them whole.
+        query_rule (`str`, *optional*, defaults to `"append"`):
+            `"append"`: the answer follows the query. `"replace"`: the answer is searched for in place of the query,
+            as HyDE does; a query without an answer stays as it is.
+        document_rule (`str`, *optional*):
+            `"append"` or `"prepend"`: where the answer stands in a document. Defaults to what `kind` says.
 
     Raises:
         `InputError`: A field has a value that cannot work.
     """
 
     kind: str
-    query: str
-    document: str
+    query: str | None
+    document: str | None
     query_repeats: int = 1
     max_document_tokens: int = 1024
+    query_rule: str = "append"
+    document_rule: str | None = None
 
     def __post_init__(self):
         if self.kind not in ("sparse", "dense"):
             raise InputError(f"Prompt set: kind is {self.kind!r}; use 'sparse' or 'dense'.")
+        if self.query is None and self.document is None:
+            raise InputError("Prompt set: query and document are both null; write a system prompt for one or both.")
         for name in ("query", "document"):
             value = getattr(self, name)
-            if not isinstance(value, str) or not value.strip():
-                raise InputError(f"Prompt set: {name} is {value!r}; write a system prompt for {name} texts.")
+            if value is not None and (not isinstance(value, str) or not value.strip()):
+                raise InputError(
+                    f"Prompt set: {name} is {value!r}; write a system prompt for {name} texts, or null for none."
+                )
         for name in ("query_repeats", "max_document_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"Prompt set: {name} is {value!r}; use a positive whole number, such as 1.")
+        for name, rules in (("query_rule", QUERY_RULES), ("document_rule", DOCUMENT_RULES)):
+            value = getattr(self, name)
+            if value not in rules:
+                choices = " or ".join(rule for rule in rules if rule)
+                raise InputError(f"Prompt set: {name} is {value!r}; use {choices}, or leave it out.")
 
     @classmethod
     def default(cls, kind: str = "sparse") -> "PromptSet":
@@ -113,7 +133,9 @@ class PromptSet:
             raise InputError(f"{path}: unknown content {unknown!r}; a prompt set has the fields {', '.join(names)}.")
         missing = {"kind", "query", "document"} - set(content)
         if missing:
-            raise InputError(f"{path}: {', '.join(sorted(missing))} is missing.")
+            raise InputError(
+                f"{path}: {', '.join(sorted(missing))} is missing; a side without a prompt is written as null."
+            )
         try:
             return cls(**content)
         except InputError as error:
@@ -127,7 +149,31 @@ class PromptSet:
     @property
     def hash(self) -> str:
         """First 16 hexadecimal digits of the SHA-256 of the content."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        content = asdict(self)
+        # Policies saved before there were rules refer to hashes without them.
+        for name, rules in (("query_rule", QUERY_RULES), ("document_rule", DOCUMENT_RULES)):
+            if content[name] == rules[0]:
+                del content[name]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The sides that have a prompt: `"query"`, `"document"` or both."""
+        return tuple(side for side in ("query", "document") if getattr(self, side) is not None)
+
+    def check_sides(self, sides: Iterable[str]) -> None:
+        """
+        Refuses sides without a prompt.
+
+        Raises:
+            `InputError`: `sides` has one that is not in [`sides`].
+        """
+        for side in sides:
+            if side not in self.sides:
+                raise InputError(
+                    f"The prompt set {self.hash} has no prompt for {side} texts, only for {self.sides[0]} texts; "
+                    f"augment the {self.sides[0]} side only, or write a prompt for the other."
+                )
 
     def prompt(self, side: str, text: str, tokenizer: "PreTrainedTokenizerBase") -> list[dict[str, str]] | str:
         """
@@ -143,7 +189,11 @@ class PromptSet:
 
         Returns:
             `list[dict[str, str]]` or `str`: messages for a tokenizer with a chat template, else plain text.
+
+        Raises:
+            `InputError`: The prompt set has no prompt for this side.
         """
+        self.check_sides([side])
         system = self.query if side == "query" else self.document
         if tokenizer.chat_template:
             return [{"role": "system", "content": system}, {"role": "user", "content": text}]
@@ -164,14 +214,20 @@ class PromptSet:
         return cut, sum(len(offsets) > self.max_document_tokens for offsets in encoded["offset_mapping"])
 
     def compose_query(self, query: str, answer: str) -> str:
-        """The text that is searched: the query, `query_repeats` times, and the answer on a new line."""
+        """
+        The text that is searched: the query, `query_repeats` times, and the answer on a new line; or, with the rule
+        `"replace"`, the answer alone.
+        """
         if not answer:
             return query
+        if self.query_rule == "replace":
+            return answer
         return "\n".join([query] * self.query_repeats + [answer])
 
     def compose_document(self, document: "Document", answer: str, field: str = "text") -> "Document":
         """
-        The document that is indexed: sparse: field, newline, answer; dense: answer, newline, field.
+        The document that is indexed: sparse: field, newline, answer; dense: answer, newline, field; or as
+        `document_rule` says.
 
         Args:
             document ([`~coaug_trl.Document`]):
@@ -187,7 +243,8 @@ class PromptSet:
         if not answer:
             return document
         original = getattr(document, field)
-        parts = (original, answer) if self.kind == "sparse" else (answer, original)
+        rule = self.document_rule or ("append" if self.kind == "sparse" else "prepend")
+        parts = (original, answer) if rule == "append" else (answer, original)
         return replace(document, **{field: "\n".join(part for part in parts if part)})
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from trl import GRPOTrainer
 
+from .augment import AugmentedCollection
 from .config import CoAugConfig
 from .data import Collection, Document
 from .distributed import merge_shares, own_share
@@ -25,10 +27,11 @@ from .errors import InputError
 from .evaluation import evaluate_run, retrieve
 from .files import write_json
 from .groups import TEXT_TYPES, CompositeGroups, Group, GroupCollator, GroupSampler
+from .negatives import HARD_NEGATIVES_FILE, mine_hard_negatives
 from .policy import GenerationSettings, PolicySettings
 from .prompts import PromptSet, document_text, extract_answer
 from .retrieval import Retriever
-from .rewards.joint import JointReward
+from .rewards.joint import Corpus, JointReward
 
 
 logger = logging.getLogger(__name__)
@@ -103,11 +106,17 @@ class CoAugTrainer(GRPOTrainer):
                 f"The prompt set is for {prompt_set.kind} retrievers and the retriever is {retriever.kind}; use "
                 f"PromptSet.default({retriever.kind!r}) or one of your own of that kind."
             )
+        prompt_set.check_sides(("query", "document") if args.augment == "both" else (args.augment,))
         self.train_collection = train_collection
         self.eval_collection = eval_collection
         self.retriever = retriever
         self.prompt_set = prompt_set
         self._cut_said = set()
+        hard_negatives = None
+        if args.num_hard_negatives:
+            hard_negatives = mine_hard_negatives(
+                train_collection, retriever, args.hard_negative_ranks, Path(args.output_dir) / HARD_NEGATIVES_FILE
+            )
         groups = CompositeGroups(
             train_collection,
             num_queries=args.queries_per_group,
@@ -115,6 +124,8 @@ class CoAugTrainer(GRPOTrainer):
             num_relevant=args.num_relevant,
             groups_per_batch=args.groups_per_batch,
             seed=args.seed,
+            num_hard_negatives=args.num_hard_negatives,
+            hard_negatives=hard_negatives,
         )
         retriever.fit(list(train_collection.corpus.values()))
         # The settings are saved whenever the model is, which the base class may do while it is constructed.
@@ -125,7 +136,10 @@ class CoAugTrainer(GRPOTrainer):
             reward_funcs = [reward_funcs]
         super().__init__(
             model=model,
-            reward_funcs=[JointReward(train_collection, retriever, prompt_set, args), *reward_funcs],
+            reward_funcs=[
+                JointReward(train_collection, retriever, prompt_set, args, self._corpus(args)),
+                *reward_funcs,
+            ],
             args=args,
             train_dataset=Dataset.from_dict({"query_id": groups.query_ids}),
             eval_dataset=Dataset.from_dict({"query_id": list(eval_collection.qrels)}) if eval_collection else None,
@@ -147,6 +161,25 @@ class CoAugTrainer(GRPOTrainer):
                 f"1 epoch = {groups.groups_per_epoch // args.groups_per_batch} generation batches; its last one is "
                 f"filled with {groups.num_filled} queries from the epoch's start"
             )
+
+    def _corpus(self, args: CoAugConfig) -> Corpus | None:
+        """What a query is ranked against outside the batch, if anything."""
+        if args.candidate_pool != "corpus":
+            return None
+        collection, folder = self.train_collection, args.augmentations
+        if folder is None:
+            if args.augment != "query" and PartialState().is_main_process:
+                logger.warning(
+                    'candidate_pool is "corpus" without augmentations: documents outside the batch have their original '
+                    "text, so documents of the batch are rewarded for any terms that lift them above those. Run coaug "
+                    "augment --side document with the untrained policy and give its folder as augmentations."
+                )
+            documents = list(collection.corpus.values())
+        else:
+            augmented = AugmentedCollection.load(folder, ["document"])
+            augmented.check(collection, self.prompt_set, self.retriever.config)
+            documents = augmented.documents(collection, self.retriever.answer_field)
+        return Corpus(documents, self.retriever, args.seed)
 
     def _say(self, message: str) -> None:
         if self.accelerator.is_main_process:

@@ -20,7 +20,7 @@ NUM_QUERIES = 12  # few enough for the randomisation test to go through all sign
 MANIFEST = {"collection": "generated", "split": "test", "retriever": {"retriever": "bm25"}}
 
 
-def write_evaluation(folder, noise, seed=0, manifest=MANIFEST, num_queries=NUM_QUERIES):
+def write_evaluation(folder, noise, seed=0, manifest=MANIFEST, num_queries=NUM_QUERIES, measures=MEASURES):
     """A run over the same judgments for every folder: the less noise, the better."""
     rng = np.random.default_rng(0)
     documents = [f"d{i}" for i in range(400)]  # so that R@100 is not 1 for all
@@ -28,7 +28,7 @@ def write_evaluation(folder, noise, seed=0, manifest=MANIFEST, num_queries=NUM_Q
     qrels = dict(list(qrels.items())[:num_queries])
     rng = np.random.default_rng(seed)
     run = {q: {d: relevant.get(d, 0) + noise * rng.normal() for d in documents} for q, relevant in qrels.items()}
-    save_evaluation(folder, run, qrels, manifest)
+    save_evaluation(folder, run, qrels, manifest, measures)
     return folder
 
 
@@ -211,6 +211,20 @@ def test_measures_are_chosen_and_ordered(folders, compare_command):
     assert "nDCG@10" not in printed
 
 
+def test_older_evaluations_are_compared_by_the_measures_all_have(folders, tmp_path, compare_command):
+    older = write_evaluation(tmp_path / "older", 1.0, measures=["AP", "R@100"])
+    for pair, measures in (([folders[0], older], "R@100 +AP"), ([older, folders[0]], "AP +R@100")):
+        code, printed, errors = compare_command(*pair)
+        assert code == 0
+        assert re.search(rf"system +{measures}\n", printed)
+        assert ("note: nDCG@100 is left out:" in errors) == (pair[1] == older)
+    code, _, errors = compare_command(folders[0], older, "--measures", "nDCG@10")
+    assert code == 2 and "older has no nDCG@10; its measures are AP, R@100." in errors
+    strange = write_evaluation(tmp_path / "strange", 1.0, measures=["P@3"])
+    with pytest.raises(InputError, match="strange has no nDCG@10; its measures are P@3"):
+        compare_folders([folders[0], strange])
+
+
 def test_folders_of_one_name_are_told_apart_by_their_parents(tmp_path):
     paths = [write_evaluation(tmp_path / seed / "bm25", 1.0, int(seed)) for seed in ("1", "2")]
     assert compare_folders(paths, ["AP"]).names == ["1/bm25", "2/bm25"]
@@ -224,6 +238,153 @@ def test_an_evaluation_is_read_as_it_was_written(folders):
     assert {id_: values["AP"] for id_, values in evaluation.per_query.items()} == written_values(folders[0], "AP")
 
 
+# Examples
+
+TEXTS = {
+    ("query", "q1"): "How to treat heartburn?",
+    ("query", "q2"): "the\x1b[31m flu_season",
+    ("query", "q3"): "running",
+    ("document", "d1"): "Acid reflux\nTreating a patient's reflux " + "on and on " * 40,
+    ("document", "d2"): "50% of {all} | *influenza* cases & more",
+    ("document", "d3"): "Runs & runners",
+    ("document", "d4"): "Reflux, heartburn",
+}
+QRELS = {"q1": {"d4": 1, "d1": 1}, "q2": {"d2": 2}, "q3": {"d3": 1, "d1": 0}}
+
+
+def write_example(folder, run, answers, manifest=MANIFEST):
+    rows = [
+        {"_id": id_, "type": type_, "text": text, "augmentation": answers.get(id_, "")}
+        for (type_, id_), text in TEXTS.items()
+    ]
+    save_evaluation(folder, run, QRELS, manifest, texts=rows)
+    return folder
+
+
+@pytest.fixture
+def two_systems(tmp_path):
+    first = {"q1": {"d4": 2.0, "d3": 1.0}, "q2": {"d3": 2.0, "d2": 1.0}, "q3": {"d3": 1.0}}
+    last = {"q1": {"d4": 2.0, "d1": 1.0}, "q2": {"d2": 1.0}, "q3": {"d1": 2.0, "d3": 1.0}}
+    answers = {"q1": "gastric reflux's", "q2": "influenza", "d1": "HEARTBURNS " + "word " * 70}
+    return [write_example(tmp_path / "plain", first, {}), write_example(tmp_path / "added", last, answers)]
+
+
+def shown(pieces):
+    return "".join(f"[{piece.text}]" if piece.shared else piece.text for piece in pieces)
+
+
+def test_examples_show_the_document_that_moved_and_the_words_shared(two_systems):
+    comparison = compare_folders(two_systems)
+    assert comparison.notes == []
+    q1, q2, q3 = (next(e for e in comparison.examples if e.query_id == id_) for id_ in ("q1", "q2", "q3"))
+    assert [example.query_id for example in comparison.examples] == [id_ for id_, *_ in comparison.changes("nDCG@10")]
+    assert {example.query_id: example.values for example in comparison.examples} == {
+        id_: (first, last) for id_, first, last in comparison.changes("nDCG@10")
+    }
+    # d4 was first for both systems; q3 lost by d3, whose other judged document is not relevant
+    assert (q1.document_id, q1.ranks) == ("d1", (None, 2))
+    assert (q2.document_id, q2.ranks) == ("d2", (2, 1))
+    assert (q3.document_id, q3.ranks) == ("d3", (1, 2))
+
+    (query, document), (augmented_query, augmented_document) = q1.sides
+    assert shown(query.text) == "How to [treat] heartburn?"
+    assert query.augmentation == document.augmentation == []
+    assert shown(document.text).startswith("Acid reflux [Treating] a patient's reflux on and on on")
+    assert len(shown(document.text).removesuffix(" …").split()) == 40
+    assert shown(augmented_query.text) == "How to [treat] [heartburn]?"
+    assert shown(augmented_query.augmentation) == "gastric [reflux's]"
+    assert shown(augmented_document.text).startswith("Acid [reflux] [Treating] a patient's [reflux] on")
+    assert shown(augmented_document.augmentation) == "[HEARTBURNS]" + " word" * 59 + " …"
+    assert [[shown(side.text) for side in sides] for sides in q3.sides] == [["[running]", "[Runs] & runners"]] * 2
+
+
+def test_examples_in_all_formats(two_systems, compare_command):
+    code, table, errors = compare_command(*two_systems)
+    assert (code, errors) == (0, "")
+    assert "query and document share are in capitals" in " ".join(table.split())
+    assert re.search(r"Query q1: 0\.\d{4} to 1\.0000; document d1: not found to rank 2\n", table)
+    assert "  added  query     How to TREAT HEARTBURN?\n                   + gastric REFLUX'S\n" in table
+    assert "  plain  query     How to TREAT heartburn?\n" in table
+    assert "\x1b" not in table
+    examples = table[table.index("Query q") :]
+    assert max(map(len, examples.splitlines())) <= 100
+    # the same texts for both systems are shown once
+    assert "  both  query     RUNNING\n        document  RUNS & runners" in table
+    assert "document d3: rank 1 to rank 2\n" in table
+
+    markdown = compare_command(*two_systems, "--format", "markdown")[1]
+    assert "|  | document | 50% of {all} \\| \\***influenza**\\* cases \\& more |  |" in markdown
+    assert "| added | query | How to **treat** **heartburn**? | gastric **reflux's** |" in markdown
+    assert all(line.count(" | ") == 3 for line in markdown.splitlines() if line.startswith("| added"))
+
+    latex = compare_command(*two_systems, "--format", "latex")[1]
+    assert r"50\% of \{all\} | *\textbf{influenza}* cases \& more" in latex
+    assert latex.count("{") == latex.count("}")
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 1 + len(MEASURES) + 1 + 3
+
+
+def test_on_a_terminal_shared_words_are_styled(two_systems, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    for name, value in (("TERM", "xterm"), ("COLUMNS", "60"), ("NO_COLOR", "")):
+        monkeypatch.setenv(name, value)
+    table = compare_folders(two_systems).render()
+    assert "\x1b[1;32mheartburn\x1b[0m?" in table
+    assert "\x1b[31m" not in table
+    plain = re.sub(r"\x1b\[[\d;]*m", "", table)
+    assert "HEARTBURN?" not in plain
+    assert max(map(len, plain[plain.index("Query q") :].splitlines())) <= 60
+
+
+def test_the_words_are_those_of_the_systems_language(two_systems, tmp_path):
+    german = {"retriever": {"retriever": "bm25", "language": "german"}}
+    run = {"q3": {"d3": 1.0}}
+    # Porter takes both for run-, Snowball's German stemmer does not
+    other = write_example(tmp_path / "german", run, {}, german)
+    q3 = next(e for e in compare_folders([other, two_systems[1]]).examples if e.query_id == "q3")
+    assert [[shown(side.text) for side in sides] for sides in q3.sides] == [
+        ["running", "Runs & runners"],
+        ["[running]", "[Runs] & runners"],
+    ]
+
+
+def test_without_texts_there_are_no_examples_but_a_note(two_systems, compare_command):
+    (two_systems[0] / "texts.jsonl").unlink()
+    code, printed, errors = compare_command(*two_systems)
+    assert code == 0
+    assert "Query q1" not in printed and "q1 " in printed
+    assert errors.startswith("note: no examples:") and errors.count("\n") == 1
+    assert "plain has no texts.jsonl; evaluate again" in errors
+    # those between the first and the last need none
+    last = shutil.copytree(two_systems[1], two_systems[1].with_name("last"))
+    assert compare_folders([two_systems[1], two_systems[0], last]).notes == []
+
+
+def test_evaluate_writes_what_compare_shows(coaug, beir_folder, tmp_path):
+    for name, k1 in (("one", 0.2), ("two", 3.0)):
+        evaluate = ("evaluate", "--collection", beir_folder, "--output", tmp_path / name)
+        assert coaug(*evaluate, "--k1", k1, "--b", 0 if name == "one" else 1)[0] == 0
+    code, printed, errors = coaug("compare", tmp_path / "one", tmp_path / "two", "--measures", "AP")
+    assert (code, errors) == (0, "")
+    changed = re.findall(r"^ (test-\w+) .*[+-]0\.\d+$", printed, re.MULTILINE)
+    assert re.findall(r"^Query (test-\w+):", printed, re.MULTILINE) == changed
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "message"),
+    [
+        ("texts.jsonl", "{", "texts.jsonl, line 8: not a row"),
+        ("texts.jsonl", '{"_id": "d1", "type": "document", "text": 1, "augmentation": ""}', "texts.jsonl, line 8"),
+        ("run.trec", "q1 Q0", "run.trec: not a TREC file"),
+        ("qrels.trec", "q1 0 d1 x", "qrels.trec: not a TREC file"),
+    ],
+)
+def test_damaged_files_of_examples_are_refused(two_systems, name, line, message):
+    with open(two_systems[0] / name, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    with pytest.raises(InputError, match=message):
+        compare_folders(two_systems)
+
+
 # Bad input
 
 
@@ -232,7 +393,7 @@ def test_refusals_of_the_command_are_one_line(folders, tmp_path, compare_command
         ([folders[0]], "two evaluation folders or more"),
         ([folders[0], tmp_path / "nowhere"], "nowhere is not a finished evaluation"),
         ([folders[0], folders[1], folders[0] / "." / ".." / "base_line"], "given twice"),
-        ([*folders, "--measures", "AP", "nDCG@7"], "has no nDCG@7; its measures are nDCG@10, R@100, RR@10, AP"),
+        ([*folders, "--measures", "AP", "nDCG@7"], f"has no nDCG@7; its measures are {', '.join(MEASURES)}"),
     ):
         code, printed, errors = compare_command(*arguments)
         assert (code, printed) == (2, "")

@@ -56,6 +56,7 @@ def test_only_the_output_folder_is_needed_and_the_rest_is_the_papers():
     assert config.vllm_importance_sampling_correction is False
     assert config.refresh_statistics is True
     assert config.eval_corpus_size is None
+    assert (config.num_hard_negatives, config.hard_negative_ranks) == (0, [10, 100])
 
 
 def test_the_default_batch_is_as_documented():
@@ -196,7 +197,21 @@ def test_processes_that_cannot_share_the_groups_evenly_are_told_what_they_could(
             "augment is 'documents'; use one of both, query, document",
             {"augment": "document"},
         ),
-        ({"candidate_pool": "all"}, "candidate_pool is 'all'; use one of group, batch", {"candidate_pool": "group"}),
+        (
+            {"candidate_pool": "all"},
+            "candidate_pool is 'all'; use one of group, batch, corpus",
+            {"candidate_pool": "corpus"},
+        ),
+        (
+            {"augmentations": "folder"},
+            "augmentations is 'folder' with candidate_pool='batch'",
+            {"augmentations": "folder", "candidate_pool": "corpus"},
+        ),
+        (
+            {"augmentations": "folder", "candidate_pool": "corpus", "augment": "query"},
+            "set candidate_pool to 'corpus' and augment to 'both' or 'document'",
+            {"augmentations": "folder", "candidate_pool": "corpus", "augment": "document"},
+        ),
         (
             {"reward_estimator": "mc"},
             "reward_estimator is 'mc'; use one of exact, sampled",
@@ -219,6 +234,38 @@ def test_processes_that_cannot_share_the_groups_evenly_are_told_what_they_could(
         ),
         ({"relevant_weight": -1.0}, "relevant_weight is -1.0; use 0 or more, such as 10", {"relevant_weight": 0.0}),
         ({"eval_corpus_size": 0}, "eval_corpus_size is 0; use at least 1, or leave it out", {"eval_corpus_size": 1}),
+        (
+            {"num_hard_negatives": -1},
+            "num_hard_negatives is -1, but group_size=16 leaves room for 10",
+            {"num_hard_negatives": 0},
+        ),
+        (
+            {"num_hard_negatives": 5, "group_size": 16, "queries_per_group": 2},
+            "num_hard_negatives is 5, but group_size=16 leaves room for 4 beside queries_per_group=2 and "
+            "num_relevant=5; use 0 to 4.",
+            {"num_hard_negatives": 4},
+        ),
+        (
+            {"num_hard_negatives": 2, "group_size": 6},
+            "num_hard_negatives is 2, but group_size=6 leaves room for 0 beside queries_per_group=1 and "
+            "num_relevant=5; use a larger group_size, or 0.",
+            {"group_size": 8},
+        ),
+        (
+            {"hard_negative_ranks": [100, 10]},
+            "hard_negative_ranks is [100, 10]; use a first and a last rank, counted from 1, such as 10 100.",
+            {"hard_negative_ranks": [10, 100]},
+        ),
+        (
+            {"hard_negative_ranks": [0, 10]},
+            "hard_negative_ranks is [0, 10]; use a first and a last rank, counted from 1",
+            {"hard_negative_ranks": [1, 10]},
+        ),
+        (
+            {"hard_negative_ranks": [100]},
+            "hard_negative_ranks is [100]; use a first and a last rank, counted from 1",
+            {"hard_negative_ranks": [100, 100]},
+        ),
         (
             {"text_type_scales": [1.0, 0.2]},
             "text_type_scales is [1.0, 0.2]; use three factors of 0 or more",
@@ -369,6 +416,7 @@ def parse(*arguments):
 
 def test_the_command_line_gives_every_field():
     config = parse(
+        *("--num_hard_negatives", "3", "--hard_negative_ranks", "1", "50"),
         *("--text_type_scales", "1", "0.2", "0.1", "--groups_per_batch", "4", "--augment", "query"),
         *(
             "--per_device_train_batch_size",
@@ -382,6 +430,7 @@ def test_the_command_line_gives_every_field():
         ),
     )
     assert config.text_type_scales == [1.0, 0.2, 0.1]
+    assert (config.num_hard_negatives, config.hard_negative_ranks) == (3, [1, 50])
     assert config.groups_per_batch == 4
     assert config.augment == "query"
     assert config.relevant_weight == 0.0

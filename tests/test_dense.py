@@ -139,7 +139,7 @@ class TestScore:
     def test_equal_texts_are_embedded_once_and_score_the_same_to_the_last_bit(self, plain, documents, encoded):
         copies = [Document(f"copy-{document.id}", document.title, document.text) for document in documents[:9]]
         scores = plain.score(QUERIES + QUERIES, documents + copies)
-        assert [len(batch) for batch in encoded] == [4, 40]
+        assert [len(batch) for batch in encoded] == [40, 4]
         assert np.array_equal(scores[:, :9], scores[:, 40:])
         assert np.array_equal(scores[:4], scores[4:])
 
@@ -349,7 +349,7 @@ class TestCache:
         files = sorted(tmp_path.iterdir())
         encoded.clear()
         scores = retriever.score(QUERIES, documents)
-        assert [len(batch) for batch in encoded] == [4, 16, 4]
+        assert [len(batch) for batch in encoded] == [16, 4, 4]
         assert sorted(tmp_path.iterdir()) == files
         np.testing.assert_allclose(scores, plain.score(QUERIES, documents), atol=1e-5)
 

@@ -178,6 +178,97 @@ def test_a_document_relevant_to_another_query_of_the_group_is_not_an_irrelevant_
         assert set(group.documents[2:]) == {"d10", "d11"}
 
 
+@st.composite
+def groups_with_hard_negatives(draw):
+    """With lists that hold documents relevant to other queries of the group, too, and are often short or empty."""
+    groups = draw(grouped_collections())
+    numbers = st.lists(st.integers(0, 59), max_size=12, unique=True)
+    mined = {}
+    for query_id in groups.query_ids:
+        judged = groups.collection.qrels[query_id]
+        mined[query_id] = [f"d{number}" for number in draw(numbers) if f"d{number}" not in judged]
+    room = groups.group_size - groups.num_queries * (1 + groups.num_relevant)
+    settings = (groups.num_queries, groups.group_size, groups.num_relevant, groups.groups_per_batch, groups.seed)
+    return CompositeGroups(groups.collection, *settings, draw(st.integers(0, room)), mined)
+
+
+@settings(max_examples=150, deadline=None)
+@given(groups_with_hard_negatives(), st.integers(0, 3))
+def test_hard_negatives_come_first_among_the_irrelevant_and_random_documents_fill_up(groups, epoch):
+    collection = groups.collection
+    without = CompositeGroups(
+        collection, groups.num_queries, groups.group_size, groups.num_relevant, groups.groups_per_batch, groups.seed
+    )
+    for group, plain in zip(epoch_of(groups, epoch), epoch_of(without, epoch), strict=True):
+        relevant_to_any = {id_ for query_id in group.queries for id_ in collection.relevant_documents(query_id)}
+        mined = {id_ for query_id in group.queries for id_ in groups.hard_negatives[query_id]} - relevant_to_any
+        num_hard = min(groups.num_hard_negatives, len(mined))
+        irrelevant = group.documents[group.num_relevant :]
+        assert set(irrelevant[:num_hard]) <= mined
+        assert not set(irrelevant) & relevant_to_any
+        assert len(set(group.documents)) == len(group.documents) == groups.group_size - groups.num_queries
+        # queries and relevant documents are those of the run without hard negatives
+        assert group.queries == plain.queries
+        assert group.documents[: group.num_relevant] == plain.documents[: plain.num_relevant]
+        if groups.num_hard_negatives == 0:
+            assert group == plain
+
+
+def with_hard_negatives(seed=0, num_hard_negatives=3):
+    mined = {f"q{n}": [f"d{30 + (n + place) % 30}" for place in range(12)] for n in range(10)}
+    return CompositeGroups(
+        ten_queries(),
+        group_size=8,
+        num_relevant=2,
+        groups_per_batch=4,
+        seed=seed,
+        num_hard_negatives=num_hard_negatives,
+        hard_negatives=mined,
+    )
+
+
+def test_without_hard_negatives_groups_are_those_of_earlier_versions():
+    groups = CompositeGroups(
+        ten_queries(), num_queries=2, group_size=8, num_relevant=2, groups_per_batch=5, seed=3, hard_negatives={}
+    )
+    assert groups[0] == Group(0, ("q9", "q6"), ("d29", "d28", "d18", "d20", "d5", "d25"), 4)
+    assert groups[6] == Group(6, ("q2", "q8"), ("d6", "d8", "d25", "d24", "d13", "d11"), 4)
+
+
+def test_hard_negatives_are_a_function_of_seed_and_position():
+    forward = [with_hard_negatives(seed=3)[position] for position in range(40)]
+    again = with_hard_negatives(seed=3)
+    assert [again[position] for position in reversed(range(40))] == forward[::-1]
+    assert forward != [with_hard_negatives(seed=4)[position] for position in range(40)]
+    hard = Counter((group.queries, group.documents[2:5]) for group in forward)
+    assert len(hard) > 35  # other ones each time a query comes
+
+
+def test_hard_negatives_are_drawn_uniformly_without_replacement():
+    groups = CompositeGroups(
+        make_collection(60, {"a": [0, 1]}),
+        group_size=8,
+        num_relevant=2,
+        num_hard_negatives=3,
+        hard_negatives={"a": [f"d{number}" for number in range(20, 30)]},
+    )
+    drawn = [groups[position].documents[2:5] for position in range(900)]
+    assert all(len(set(documents)) == 3 for documents in drawn)
+    counts = Counter(id_ for documents in drawn for id_ in documents)
+    assert sorted(counts) == [f"d{number}" for number in range(20, 30)]
+    assert stats.chisquare(list(counts.values())).pvalue > 1e-4
+
+
+def test_a_document_relevant_to_another_query_of_the_group_is_no_hard_negative():
+    collection = make_collection(12, {"a": [0, 1, 2], "b": [3, 4, 5]})
+    mined = {"a": ["d3", "d4", "d5", "d6"], "b": ["d0", "d1", "d2", "d6"]}
+    groups = CompositeGroups(
+        collection, num_queries=2, group_size=8, num_relevant=1, num_hard_negatives=2, hard_negatives=mined
+    )
+    for group in epoch_of(groups):
+        assert group.documents[2] == "d6" and set(group.documents[3:]) <= {f"d{number}" for number in range(7, 12)}
+
+
 def test_too_few_queries_for_a_group_names_the_setting():
     with pytest.raises(InputError, match=r"toy: .*takes 3 queries.*has 2 .*Set queries_per_group to 2"):
         CompositeGroups(make_collection(30, {"a": [0], "b": [1], "c": []}), num_queries=3)
@@ -192,8 +283,15 @@ def test_too_few_documents_for_a_group_names_a_size_that_is_then_accepted():
     assert len(CompositeGroups(collection, group_size=10, groups_per_batch=1)[0].documents) == 9
 
 
-def test_too_few_irrelevant_documents_says_so():
-    groups = CompositeGroups(make_collection(10, {"a": list(range(8))}), group_size=8, num_relevant=2)
+@pytest.mark.parametrize("num_hard_negatives", [0, 1, 5])
+def test_too_few_irrelevant_documents_says_so(num_hard_negatives):
+    groups = CompositeGroups(
+        make_collection(10, {"a": list(range(8))}),
+        group_size=8,
+        num_relevant=2,
+        num_hard_negatives=num_hard_negatives,
+        hard_negatives={"a": ["d8", "d9"]},
+    )
     with pytest.raises(InputError, match=r"toy: only 2 documents are irrelevant to a group that needs 5"):
         groups[0]
 
@@ -255,6 +353,15 @@ def loader_of(groups, completions_per_group, repeat_count, current_epoch, num_pr
     if num_processes > 1:
         batches = BatchSamplerShard(batches, num_processes, process)
     return torch.utils.data.DataLoader(groups, batch_sampler=batches, collate_fn=GroupCollator(completions_per_group))
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_groups_with_hard_negatives_are_the_same_for_any_number_of_processes(num_processes):
+    alone = [group for batch in loader_of(with_hard_negatives(), 6, 1, lambda: 1) for group in batch]
+    loaders = [
+        loader_of(with_hard_negatives(), 6, 1, lambda: 1, num_processes, process) for process in range(num_processes)
+    ]
+    assert [group for shares in zip(*loaders, strict=True) for share in shares for group in share] == alone
 
 
 @settings(max_examples=25, deadline=None)

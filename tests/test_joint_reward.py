@@ -12,7 +12,8 @@ from transformers import TrainerState
 from coaug_trl import BM25Retriever, CoAugConfig, Document, PromptSet, exact_ndcg_rewards
 from coaug_trl.groups import Group
 from coaug_trl.retrieval import Retriever
-from coaug_trl.rewards.joint import JointReward
+from coaug_trl.rewards.joint import Corpus, JointReward
+from coaug_trl.rewards.ndcg import divide_document_rewards, exact_ndcg, sampled_ndcg, sum_document_rewards
 
 
 PROMPT_SET = PromptSet("sparse", "query:", "document:")
@@ -279,9 +280,9 @@ def test_a_side_that_is_not_augmented_has_one_rollout(collection, tmp_path, augm
     rows = make_rows(groups, augment)
     args = settings(tmp_path, augment=augment, candidate_pool=pool)
     call(JointReward(collection, Counting(), PROMPT_SET, args), rows, [""] * len(rows))
-    in_batch = 6 if augment == "query" else 8 * per_document
-    expected = [(num_rows, 4 * per_document)] * 2 if pool == "group" else [(2 * num_rows, in_batch)]
-    assert shapes == expected
+    # One call in either pool; in the batch pool a verbatim document that both drew stands once.
+    in_batch = 6 if augment == "query" and pool == "batch" else 8 * per_document
+    assert shapes == [(2 * num_rows, in_batch)]
 
 
 def test_documents_of_other_groups_compete_in_the_batch_pool_only(collection, tmp_path):
@@ -471,3 +472,98 @@ def test_with_two_fields_an_answer_joins_the_title(uneven, tmp_path):
     query_rewards, document_rewards = exact_ndcg_rewards(scores, relevance, 3, 0.0)
     expected = [*query_rewards.ravel(), *document_rewards.ravel()]
     np.testing.assert_allclose(call(reward, rows, answers), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sampled"])
+@pytest.mark.parametrize("augment", ["both", "query", "document"])
+def test_with_the_corpus_pool_all_documents_compete(collection, tmp_path, augment, estimator):
+    """Against the whole matrix of scores: batch documents with their rollouts, all others with one text."""
+    rows = make_rows(GROUPS, augment)
+    answers = make_answers(len(rows), seed=3)
+    args = settings(tmp_path, augment=augment, candidate_pool="corpus", reward_estimator=estimator)
+    draw = random.Random(1)
+    # many of the texts outside the batch are equal, so that equal scores are frequent
+    outside = [
+        replace(document, text=draw.choice(["statin tablets", "wheat bread sources", document.text]))
+        for document in collection.corpus.values()
+    ]
+    retriever = fitted(collection)
+    corpus = Corpus(outside, retriever, seed=11)
+    rewards = call(JointReward(collection, retriever, PROMPT_SET, args, corpus), rows, answers, step=4)
+
+    queries, in_batch = pool_texts(GROUPS, rows, answers, collection)
+    others = {document.id: [(None, document)] for document in outside}
+    documents = {id_: in_batch.get(id_, others[id_]) for id_ in corpus.document_ids}
+    columns = [document for rollouts in documents.values() for _, document in rollouts]
+    counts = [len(rollouts) for rollouts in documents.values()]
+    rollout_document = np.repeat(np.arange(len(documents)), counts)
+    texts = [(query_id, i, text) for (_, query_id), rollouts in queries.items() for i, text in rollouts]
+    scores = retriever.score([text for *_, text in texts], columns)
+    relevance = np.array([[collection.qrels[id_].get(each, 0) for each in documents] for id_, *_ in texts], float)
+    if estimator == "exact":
+        values, conditional = exact_ndcg(scores, rollout_document, relevance, 3)
+        tolerance = 1e-12
+    else:
+        values, conditional = sampled_ndcg(scores, rollout_document, relevance, 3, num_samples=20_000)
+        tolerance = 0.15  # of 512 draws, for a rollout that is shown in a sixth of them
+    sums = sum_document_rewards(conditional, rollout_document, relevance, args.relevant_weight)
+    expected = np.full(len(rows), np.nan)
+    for (_, i, _), value in zip(texts, values, strict=True):
+        if i is not None:
+            expected[i] = value
+    shown = [i for rollouts in documents.values() for i, _ in rollouts]
+    for i, value in zip(shown, divide_document_rewards(*sums, rollout_document), strict=True):
+        if i is not None:
+            expected[i] = value
+    assert len({round(value, 6) for value in rewards}) > 2
+    np.testing.assert_allclose(rewards, expected, atol=tolerance)
+
+
+def test_equal_scores_of_the_corpus_pool_rank_in_an_order_that_does_not_know_the_batch(collection, tmp_path):
+    """With equal scores throughout, the one relevant document, in the batch, gets every place of the ranking."""
+    args = settings(tmp_path, candidate_pool="corpus", ndcg_k=40, num_generations=2)
+    judged = replace(collection, qrels={"train-statins": {"statins-0": 1}})
+    rows = make_rows([Group(0, ("train-statins",), ("statins-0", "gluten-1"), 1)], rollouts=2)
+    places = []
+    for seed in range(60):
+        corpus = Corpus(list(collection.corpus.values()), EqualScores(), seed)
+        reward = JointReward(judged, EqualScores(), PROMPT_SET, args, corpus)
+        places.append(round(2 ** (1 / call(reward, rows, [""] * len(rows))[0]) - 1))
+        assert places[-1] == corpus.place["statins-0"] + 1
+    assert 15 < np.mean(places) < 26
+
+
+def test_the_ideal_of_the_corpus_pool_is_that_of_all_judged_documents(collection, tmp_path):
+    """Two of three relevant documents are drawn; the batch pool calls their ranking ideal, the corpus pool does not."""
+    group = Group(0, ("train-statins",), ("statins-0", "statins-1", "salt-2"), 2)
+    rows = make_rows([group])
+    corpus = [
+        replace(document, title="", text="nothing" if document.id != "statins-4" else "no match")
+        for document in collection.corpus.values()
+    ]
+    retriever = fitted(collection)
+    values = {}
+    for pool in ("batch", "corpus"):
+        args = settings(tmp_path, candidate_pool=pool)
+        reward = JointReward(collection, retriever, PROMPT_SET, args, Corpus(corpus, retriever, 0))
+        if pool == "batch":
+            reward.corpus = None
+        values[pool] = call(reward, rows, [""] * len(rows))[0]
+    # ideal: grades 2, 1, 1 at ranks 1, 2, 3; retrieved: the two of the batch, in the order that both pools share
+    discounts = 1 / np.log2([2, 3, 4])
+    share = ([2, 1] @ discounts[:2]) / ([2, 1, 1] @ discounts)
+    np.testing.assert_allclose(values["corpus"], values["batch"] * share, atol=1e-12)
+
+
+def test_the_corpus_is_the_same_whoever_encodes_it(collection):
+    retriever = fitted(collection)
+    documents = list(collection.corpus.values())
+    whole = retriever.encode(documents)
+    parts = [retriever.encode(documents[first : first + 13]) for first in range(0, len(documents), 13)]
+    queries = [*collection.queries.values(), "", "unheard"]
+    np.testing.assert_array_equal(retriever.score(queries, whole.concatenate(parts)), retriever.score(queries, whole))
+    np.testing.assert_array_equal(retriever.score(queries, whole), retriever.score(queries, documents))
+    places = np.random.default_rng(0).permutation(len(documents))[:9]
+    np.testing.assert_array_equal(
+        retriever.score(queries, whole.take(places)), retriever.score(queries, whole)[:, places]
+    )

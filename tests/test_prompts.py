@@ -90,6 +90,32 @@ def test_a_sparse_answer_follows_the_text_and_a_dense_one_precedes_it():
     assert SPARSE.compose_document(DOCUMENT, "words", "title") == Document("d1", "A title\nwords", "The text.")
 
 
+def test_rules_say_where_an_answer_goes():
+    replacing = replace(DENSE, query_rule="replace", query_repeats=3)
+    assert replacing.compose_query("salt", "Salt is sodium chloride.") == "Salt is sodium chloride."
+    assert replacing.compose_query("salt", "") == "salt"
+    following, preceding = Document("d1", "A title", "The text.\nadded"), Document("d1", "A title", "added\nThe text.")
+    for prompt_set in (SPARSE, DENSE):
+        assert replace(prompt_set, document_rule="append").compose_document(DOCUMENT, "added") == following
+        assert replace(prompt_set, document_rule="prepend").compose_document(DOCUMENT, "added") == preceding
+        assert replace(prompt_set, document_rule="append").compose_document(DOCUMENT, "") == DOCUMENT
+
+
+def test_a_prompt_set_may_be_for_one_side(tokenizer):
+    queries, documents = PromptSet("sparse", "query:", None), PromptSet("sparse", None, "document:")
+    assert (SPARSE.sides, queries.sides, documents.sides) == (("query", "document"), ("query",), ("document",))
+    SPARSE.check_sides(["query", "document"])
+    queries.check_sides(["query"])
+    documents.check_sides([])
+    assert queries.prompt("query", "salt", tokenizer)[0]["content"] == "query:"
+    for prompt_set, side, other in ((queries, "document", "query"), (documents, "query", "document")):
+        message = f"no prompt for {side} texts, only for {other} texts"
+        with pytest.raises(InputError, match=message):
+            prompt_set.check_sides(["query", "document"])
+        with pytest.raises(InputError, match=message):
+            prompt_set.prompt(side, "salt", tokenizer)
+
+
 @pytest.mark.parametrize("prompt_set", [SPARSE, DENSE])
 def test_nothing_is_added_where_answer_or_text_is_empty(prompt_set):
     assert prompt_set.compose_document(DOCUMENT, "") == DOCUMENT
@@ -122,7 +148,14 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x8
     str.strip
 )
 prompt_sets = st.builds(
-    PromptSet, st.sampled_from(["sparse", "dense"]), texts, texts, st.integers(1, 9), st.integers(1, 4096)
+    PromptSet,
+    st.sampled_from(["sparse", "dense"]),
+    texts | st.none(),
+    texts,
+    st.integers(1, 9),
+    st.integers(1, 4096),
+    st.sampled_from(["append", "replace"]),
+    st.sampled_from([None, "append", "prepend"]),
 )
 
 
@@ -148,12 +181,17 @@ def test_the_hash_changes_with_every_field(name):
         "document": "Document:",
         "query_repeats": 2,
         "max_document_tokens": 9,
+        "query_rule": "replace",
+        "document_rule": "append",
     }
     assert replace(SPARSE, **{name: changed[name]}).hash != SPARSE.hash
 
 
 def test_the_hash_is_the_same_in_every_process_and_version():
+    # Saved policies and augmentations refer to them: a new field must leave them as they are.
     assert SPARSE.hash == "d1d1c21c5642e743"
+    assert PromptSet.default("sparse").hash == "35fed7d87595557f"
+    assert PromptSet.default("dense").hash == "a51a1053cba950f5"
 
 
 @pytest.mark.parametrize(
@@ -164,7 +202,14 @@ def test_the_hash_is_the_same_in_every_process_and_version():
         ("", "None"),
         ("kind: sparse\nquery: q\ndocument: d\nqueries: 3\n", "queries"),
         ("kind: sparse\nquery: q\ndocument: d\n3: x\nb: y\n", "'3'"),
-        ("kind: sparse\nquery: q\n", "document is missing"),
+        ("kind: sparse\nquery: q\n", "document is missing; a side without a prompt is written as null"),
+        ("kind: sparse\nquery: null\ndocument: null\n", "query and document are both null"),
+        (
+            "kind: sparse\nquery: q\ndocument: d\nquery_rule: prepend\n",
+            "query_rule is 'prepend'; use append or replace",
+        ),
+        ("kind: sparse\nquery: q\ndocument: d\nquery_rule: null\n", "query_rule is None"),
+        ("kind: sparse\nquery: q\ndocument: d\ndocument_rule: [append]\n", "document_rule is ['append']"),
         ("query: q\n", "document, kind is missing"),
         ("kind: bm25\nquery: q\ndocument: d\n", "kind is 'bm25'"),
         ("kind: [sparse]\nquery: q\ndocument: d\n", "kind is"),

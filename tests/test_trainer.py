@@ -776,3 +776,64 @@ def test_vllm_generation_reads_the_settings_that_evaluation_replaces():
     for name in ("temperature", "top_p", "top_k", "min_p"):
         assert name in parameters, f"VLLMGeneration takes no {name} any more; see CoAugTrainer._greedy_generation"
         assert f"self.{name}" in generate, f"VLLMGeneration.generate no longer reads {name}; see _greedy_generation"
+
+
+class TestCorpusPool:
+    """Every query is ranked against all documents, those outside the batch with one text each."""
+
+    @pytest.fixture(scope="class")
+    def augmentations(self, expanding_model, train_collection, tmp_path_factory):
+        """
+        Made by an untrained policy, without the settings of a training; the answers are replaced by what all training
+        queries ask for.
+        """
+        folder = tmp_path_factory.mktemp("augmentations")
+        augmenter = Augmenter.from_pretrained(
+            str(expanding_model), PROMPT_SET, GenerationSettings(MAX_LENGTH), batch_size=40
+        )
+        augmenter.augment_collection(train_collection, folder, ["document"])
+        answer = " ".join(train_collection.queries[id_] for id_ in train_collection.qrels)
+        rows = [{"_id": id_, "augmentation": answer, "complete": True} for id_ in train_collection.corpus]
+        (folder / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return folder
+
+    def test_rewards_rank_against_the_augmented_corpus(self, build, augmentations, expanding_model, tmp_path, caplog):
+        """A corpus outside the batch that names what all queries ask for outranks the batch; the original does not."""
+        rewards = {}
+        for name, folder in (("original", None), ("augmented", str(augmentations))):
+            caplog.clear()
+            trainer = build(
+                tmp_path / name,
+                model=str(expanding_model),
+                candidate_pool="corpus",
+                augmentations=folder,
+                groups_per_batch=2,
+                updates_per_batch=1,
+                max_steps=1,
+            )
+            assert ("augmentations" in caplog.text) == (folder is None)
+            trainer.train()
+            (output,) = trainer.outputs
+            rewards[name] = output["rewards"]
+            assert len(rewards[name]) == 2 * 6 * 3 and 0 <= rewards[name].min() and rewards[name].max() <= 1
+        assert rewards["augmented"].mean() < 0.8 * rewards["original"].mean()
+
+    def test_augmentations_of_other_settings_are_refused(self, build, augmentations, tmp_path):
+        options = {"candidate_pool": "corpus", "augmentations": str(augmentations)}
+        other = replace(PROMPT_SET, query="other:")
+        with pytest.raises(InputError, match=f"prompt set {PROMPT_SET.hash}, and training is for {other.hash}"):
+            build(tmp_path, prompt_set=other, **options)
+        manifest = json.loads((augmentations / "manifest.json").read_text())
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        for path in augmentations.iterdir():
+            (elsewhere / path.name).write_bytes(path.read_bytes())
+        (elsewhere / "manifest.json").write_text(json.dumps(manifest | {"collection": "another"}))
+        with pytest.raises(InputError, match="made for the collection another, and training is for advice"):
+            build(tmp_path, **options | {"augmentations": str(elsewhere)})
+        manifest["retriever"] = BM25Retriever(fields="best").config
+        (elsewhere / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(InputError, match="made for the retriever .*best.*, and training is for .*flat"):
+            build(tmp_path, **options | {"augmentations": str(elsewhere)})
+        with pytest.raises(InputError, match="no augmentations there"):
+            build(tmp_path, **options | {"augmentations": str(tmp_path / "nowhere")})

@@ -4,14 +4,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .base import Retriever, read_config
+from .base import EncodedDocuments, Retriever, read_config
 from .bm25 import BM25Retriever
 
 
 if TYPE_CHECKING:
     from .dense import DenseRetriever
 
-__all__ = ["BM25Retriever", "DenseRetriever", "Retriever", "load_retriever", "make_retriever"]
+__all__ = ["BM25Retriever", "DenseRetriever", "EncodedDocuments", "Retriever", "load_retriever", "make_retriever"]
 
 
 def __getattr__(name: str):
@@ -51,9 +51,14 @@ def load_retriever(folder: str | Path) -> Retriever:
     Reads an index of either kind.
 
     Raises:
-        `InputError`: there is no finished index in the folder.
+        `InputError`: there is no finished index in the folder, or one of its files is missing or cut short.
     """
-    return _class_of(read_config(folder)["retriever"]).load(folder)
+    try:
+        return _class_of(read_config(folder)["retriever"]).load(folder)
+    except InputError:
+        raise
+    except (OSError, EOFError, KeyError, ValueError) as error:
+        raise InputError(f"{folder}: the index is damaged ({error}); index the collection again.") from None
 
 
 def _class_of(retriever: str) -> type[Retriever]:

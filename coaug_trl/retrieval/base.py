@@ -4,7 +4,7 @@ import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
@@ -13,6 +13,32 @@ from ..errors import InputError
 
 
 RANK_CHUNK = 10_000
+# Scores held at a time in [`Retriever.nearest`]: 32 MB in float64.
+NEAREST_CHUNK_ELEMENTS = 1 << 22
+
+
+class EncodedDocuments(Protocol):
+    """Documents as a retriever reads them, to be scored many times: term counts for BM25, embeddings for dense."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, places: np.ndarray) -> Self:
+        """The documents at these places, in this order."""
+
+    @classmethod
+    def concatenate(cls, parts: "list[Self]") -> Self:
+        """One after the other, as of several processes."""
+
+
+class PlainDocuments(list[Document]):
+    """Documents as they are."""
+
+    def take(self, places: np.ndarray) -> Self:
+        return PlainDocuments(self[place] for place in places)
+
+    @classmethod
+    def concatenate(cls, parts: "list[Self]") -> Self:
+        return cls(document for part in parts for document in part)
 
 
 class Retriever(ABC):
@@ -47,14 +73,57 @@ class Retriever(ABC):
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes the statistics of [`state`]; refuses those of other settings with an `InputError`."""
 
+    def encode(self, documents: list[Document], keep: bool = False) -> EncodedDocuments:
+        """
+        Reads documents once, to score them many times, with the statistics of the time of scoring. A retriever that
+        has nothing to prepare keeps them as they are.
+
+        Args:
+            documents (`list[Document]`):
+                The documents.
+            keep (`bool`, *optional*, defaults to `False`):
+                Whether the same texts will come again in other runs, so that a cache should keep what was read.
+        """
+        return PlainDocuments(documents)
+
     @abstractmethod
-    def score(self, queries: list[str], documents: list[Document]) -> np.ndarray:
+    def score(self, queries: list[str], documents: list[Document] | EncodedDocuments) -> np.ndarray:
         """
         Scores every query against every document.
 
         Returns:
             `np.ndarray`: shape (queries, documents), floating point; higher is better, −inf is "not retrieved".
         """
+
+    def nearest(
+        self, queries: list[str], documents: EncodedDocuments, k: int, left_out: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """
+        The best documents for each query by [`score`]; memory does not grow with queries × documents.
+
+        Args:
+            queries (`list[str]`):
+                Query texts.
+            documents ([`EncodedDocuments`]):
+                The documents; equal scores rank in their order.
+            k (`int`):
+                How many a query gets.
+            left_out (`np.ndarray` of shape `(documents,)`):
+                True for the documents that no query gets.
+
+        Returns:
+            `tuple[np.ndarray, np.ndarray]`: scores and places of the documents, both of shape (queries, k), best
+            first; −inf and 0 fill up where fewer are retrieved.
+        """
+        scores, places = np.full((len(queries), k), -np.inf), np.zeros((len(queries), k), dtype=np.int64)
+        chunk = max(1, NEAREST_CHUNK_ELEMENTS // max(1, len(documents)))
+        for first in range(0, len(queries), chunk):
+            found = self.score(queries[first : first + chunk], documents)
+            found[:, left_out] = -np.inf
+            for row, row_scores in enumerate(found, start=first):
+                best = best_places(row_scores, k)
+                scores[row, : len(best)], places[row, : len(best)] = row_scores[best], best
+        return scores, places
 
     def rank(self, queries: list[str], documents: list[Document], k: int) -> list[list[tuple[str, float]]]:
         """
@@ -67,8 +136,7 @@ class Retriever(ABC):
         for first in range(0, len(documents), RANK_CHUNK):
             chunk = documents[first : first + RANK_CHUNK]
             for found, scores in zip(hits, self.score(queries, chunk), strict=True):
-                best = np.argsort(-scores, kind="stable")[:k]
-                found += [(chunk[place].id, float(scores[place])) for place in best if scores[place] > -np.inf]
+                found += [(chunk[place].id, float(scores[place])) for place in best_places(scores, k)]
                 found.sort(key=lambda hit: -hit[1])
                 del found[k:]
         return hits
@@ -95,6 +163,15 @@ class Retriever(ABC):
     @abstractmethod
     def load(cls, folder: str | Path) -> Self:
         """Reads a retriever that [`save`] wrote, with the settings it was saved with (see [`config`])."""
+
+
+def best_places(scores: np.ndarray, k: int) -> np.ndarray:
+    """The places of the up to `k` best scores above −inf, best first, equal scores in their order."""
+    hits = np.flatnonzero(scores > -np.inf)
+    if len(hits) > k:
+        threshold = np.partition(scores[hits], -k)[-k]
+        hits = hits[scores[hits] >= threshold]
+    return hits[np.argsort(-scores[hits], kind="stable")][:k]
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

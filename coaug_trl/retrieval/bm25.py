@@ -2,10 +2,14 @@
 
 import json
 import logging
+import math
+import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -15,6 +19,7 @@ import Stemmer
 from bm25s import stopwords
 from bm25s.tokenization import Tokenized
 from scipy import sparse
+from tqdm.auto import tqdm
 
 from ..data import Document
 from ..errors import InputError
@@ -36,6 +41,9 @@ FIELDS = {
 }
 TIE_BREAKER = 0.5
 
+QUERIES_PER_TASK = 16  # what a thread is given at a time
+SAMPLE_EVERY = 16  # a larger sample costs more to sort, a smaller one leaves more
+
 
 @dataclass(frozen=True)
 class FieldStatistics:
@@ -54,10 +62,86 @@ class FieldStatistics:
             document_frequencies={term: frequencies[i] for term, i in tokens.vocab.items()},
         )
 
+    @classmethod
+    def of_index(cls, field_index: bm25s.BM25, average_length: float) -> Self:
+        """Those of the indexed texts; the index knows all but their average length."""
+        frequencies = np.diff(field_index.scores["indptr"]).tolist()
+        return cls(
+            num_documents=field_index.scores["num_docs"],
+            average_length=average_length,
+            document_frequencies={term: frequencies[i] for term, i in field_index.vocab_dict.items()},
+        )
+
     def idf(self, terms: list[str]) -> np.ndarray:
         """Lucene's IDF; a term no document has is worth as much as one that a single document has."""
         frequencies = np.array([self.document_frequencies.get(term, 1) for term in terms], dtype=float)
         return np.log1p((self.num_documents - frequencies + 0.5) / (frequencies + 0.5))
+
+
+@dataclass
+class FieldCounts:
+    """
+    How often each term occurs in each document, for one field.
+
+    Args:
+        vocabulary (`dict[str, int]`):
+            Column of each term.
+        counts (`sparse.csr_array` of shape `(documents, terms)`):
+            The counts.
+    """
+
+    vocabulary: dict[str, int]
+    counts: sparse.csr_array
+    # The last result of [`saturate`] and what it was made with: a corpus is saturated once for many batches.
+    _saturated: tuple[tuple, sparse.csr_array] | None = field(default=None, init=False, repr=False)
+
+    @classmethod
+    def count(cls, tokens: Tokenized) -> Self:
+        return cls(dict(tokens.vocab), _count_terms(tokens.ids, len(tokens.vocab)))
+
+    def saturate(self, k1: float, b: float, statistics: FieldStatistics) -> sparse.csr_array:
+        """tf / (tf + k1 · (1 − b + b · length / average length)), shape (terms, documents)."""
+        made_with = (k1, b, statistics.average_length)
+        if self._saturated is None or self._saturated[0] != made_with:
+            # Where no document of the corpus has a word in this field there is no average to divide by.
+            norms = k1 * (1 - b + b * self.counts.sum(axis=1) / (statistics.average_length or 1.0))
+            saturated = self.counts.copy()
+            saturated.data /= saturated.data + np.repeat(norms, np.diff(saturated.indptr))
+            self._saturated = made_with, saturated.T.tocsr()
+        return self._saturated[1]
+
+
+@dataclass
+class TermCounts:
+    """Documents as BM25 reads them."""
+
+    fields: list[FieldCounts]
+
+    def __len__(self) -> int:
+        return self.fields[0].counts.shape[0]
+
+    def take(self, places: np.ndarray) -> Self:
+        return TermCounts([FieldCounts(each.vocabulary, each.counts[places]) for each in self.fields])
+
+    @classmethod
+    def concatenate(cls, parts: "list[Self]") -> Self:
+        if len(parts) == 1:
+            return parts[0]
+        return cls([_concatenate_field(fields) for fields in zip(*(part.fields for part in parts), strict=True)])
+
+
+def _concatenate_field(parts: Iterable[FieldCounts]) -> FieldCounts:
+    vocabulary, columns = {}, []
+    for part in parts:
+        columns.append(np.array([vocabulary.setdefault(term, len(vocabulary)) for term in part.vocabulary], np.int32))
+    blocks = [
+        sparse.csr_array(
+            (part.counts.data, column[part.counts.indices], part.counts.indptr),
+            shape=(part.counts.shape[0], len(vocabulary)),
+        )
+        for part, column in zip(parts, columns, strict=True)
+    ]
+    return FieldCounts(vocabulary, sparse.vstack(blocks, format="csr"))
 
 
 class BM25Retriever(Retriever):
@@ -109,6 +193,7 @@ class BM25Retriever(Retriever):
         self._stemmer = Stemmer.Stemmer(stemmer)
         self._statistics: list[FieldStatistics] = []
         self._indexes: list[bm25s.BM25] = []
+        self._average_lengths: list[float] = []  # of the indexed texts
         self._document_ids: list[str] = []
 
     @property
@@ -134,7 +219,16 @@ class BM25Retriever(Retriever):
             raise InputError(f"The saved BM25 statistics are those of {state['config']}, not of {self.config}.")
         self._statistics = [FieldStatistics(**statistics) for statistics in state["fields"]]
 
-    def score(self, queries: list[str], documents: list[Document]) -> np.ndarray:
+    def encode(self, documents: list[Document], keep: bool = False) -> "TermCounts":
+        """Counts the terms of each field; there is no cache to keep them in."""
+        return TermCounts(
+            [
+                FieldCounts.count(self._tokenize([text_of(document) for document in documents]))
+                for text_of in self._field_texts
+            ]
+        )
+
+    def score(self, queries: list[str], documents: "list[Document] | TermCounts") -> np.ndarray:
         """
         Scores every query against every document with the statistics of the last [`fit`] or [`index`], which the
         given documents do not change.
@@ -142,8 +236,8 @@ class BM25Retriever(Retriever):
         Args:
             queries (`list[str]`):
                 Query texts.
-            documents (`list[Document]`):
-                Documents, of the fitted corpus or not.
+            documents (`list[Document]` or [`TermCounts`]):
+                Documents, of the fitted corpus or not, or what [`encode`] made of them.
 
         Returns:
             `np.ndarray`: shape (queries, documents), float64; −inf where query and document have no term in common.
@@ -154,26 +248,25 @@ class BM25Retriever(Retriever):
         """
         if not self._statistics:
             raise RuntimeError("BM25 scores need corpus statistics: call fit(documents) or index(documents) first.")
+        encoded = documents if isinstance(documents, TermCounts) else self.encode(documents)
+        tokens = self._tokenize(queries)
         scores = _combine(
-            self._score_field(statistics, queries, [text_of(document) for document in documents])
-            for statistics, text_of in zip(self._statistics, self._field_texts, strict=True)
+            (self._weigh(statistics, tokens, field) @ field.saturate(self.k1, self.b, statistics)).toarray()
+            for statistics, field in zip(self._statistics, encoded.fields, strict=True)
         )
         return np.where(scores > 0, scores, -np.inf)
 
-    def _score_field(self, statistics: FieldStatistics, queries: list[str], texts: list[str]) -> np.ndarray:
-        tokens = self._tokenize(queries + texts)
-        query_ids, document_ids = tokens.ids[: len(queries)], tokens.ids[len(queries) :]
-        terms = sorted(tokens.vocab, key=tokens.vocab.get)
-
-        weights = _count_terms(query_ids, len(terms))
-        weights.data *= statistics.idf(terms)[weights.indices]
-
-        lengths = np.array([len(ids) for ids in document_ids], dtype=float)
-        # Where no document of the corpus has a word in this field there is no average to divide by.
-        norms = self.k1 * (1 - self.b + self.b * lengths / (statistics.average_length or 1.0))
-        saturated = _count_terms(document_ids, len(terms))
-        saturated.data /= saturated.data + np.repeat(norms, np.diff(saturated.indptr))
-        return (weights @ saturated.T).toarray()
+    def _weigh(self, statistics: FieldStatistics, tokens: Tokenized, field: "FieldCounts") -> sparse.csr_array:
+        """IDF of the queries' terms times how often they occur there, shape (queries, terms of the field)."""
+        known = [term for term in tokens.vocab if term in field.vocabulary]
+        columns = {tokens.vocab[term]: field.vocabulary[term] for term in known}
+        idf = np.zeros(len(field.vocabulary))
+        idf[list(columns.values())] = statistics.idf(known)
+        weights = _count_terms(
+            [[columns[i] for i in ids if i in columns] for ids in tokens.ids], len(field.vocabulary)
+        )
+        weights.data *= idf[weights.indices]
+        return weights
 
     # Index and search
 
@@ -189,15 +282,15 @@ class BM25Retriever(Retriever):
             `InputError`: no documents, or an id occurs twice.
         """
         document_ids = unique_ids(documents)
-        statistics, indexes = [], []
+        indexes, average_lengths = [], []
         for tokens in self._tokenize_fields(documents):
             # float64, so that search and score rank alike
             field_index = bm25s.BM25(k1=self.k1, b=self.b, method="lucene", dtype="float64")
             with np.errstate(invalid="ignore"):  # the average length of a field that is empty everywhere is 0
                 field_index.index(tokens, create_empty_token=False, show_progress=False)
-            statistics.append(FieldStatistics.count(tokens))
             indexes.append(field_index)
-        self._statistics, self._indexes, self._document_ids = statistics, indexes, document_ids
+            average_lengths.append(sum(map(len, tokens.ids)) / len(tokens.ids))
+        self._take_index(indexes, average_lengths, document_ids)
 
     def search(self, queries: list[str], k: int = 10) -> list[list[tuple[str, float]]]:
         """
@@ -222,13 +315,28 @@ class BM25Retriever(Retriever):
         if not self._indexes:
             raise RuntimeError("There is nothing to search: call index(documents) or load(folder) first.")
         tokens = self._tokenize(queries)
-        terms = sorted(tokens.vocab, key=tokens.vocab.get)
-        results = []
-        for query_ids in tokens.ids:
-            query_terms = [terms[i] for i in query_ids]
-            scores = _combine(_index_scores(field_index, query_terms) for field_index in self._indexes)
-            results.append([(self._document_ids[i], float(scores[i])) for i in _best(scores, k)])
-        return results
+        document_ids = np.array(self._document_ids, dtype=object)
+        # For each field the columns of the queries' terms in its index.
+        columns = [
+            {i: field_index.vocab_dict[term] for term, i in tokens.vocab.items() if term in field_index.vocab_dict}
+            for field_index in self._indexes
+        ]
+
+        def search_one(query_ids: list[int]) -> list[tuple[str, float]]:
+            scores = _combine(
+                _index_scores(field_index, Counter(known[i] for i in query_ids if i in known))
+                for field_index, known in zip(self._indexes, columns, strict=True)
+            )
+            places = _best(scores, k)
+            return list(zip(document_ids[places].tolist(), scores[places].tolist(), strict=True))
+
+        progress = {"total": len(queries), "desc": "Searching", "delay": 2, "leave": False}
+        num_threads = min(_num_cores(), math.ceil(len(queries) / QUERIES_PER_TASK))
+        if num_threads <= 1:
+            return list(tqdm(map(search_one, tokens.ids), **progress))
+        # Threads are enough: NumPy releases the interpreter's lock in all that takes time.
+        with ThreadPool(num_threads) as threads:
+            return list(tqdm(threads.imap(search_one, tokens.ids, QUERIES_PER_TASK), **progress))
 
     def save(self, folder: str | Path) -> None:
         """
@@ -246,9 +354,9 @@ class BM25Retriever(Retriever):
         folder = Path(folder)
         (folder / "retriever.json").unlink(missing_ok=True)
         for i, field_index in enumerate(self._indexes):
-            field_index.save(folder / f"field_{i}", allow_pickle=False, show_progress=False)
+            _save_field(field_index, folder / f"field_{i}")
         write_json(folder / "document_ids.json", self._document_ids)
-        write_json(folder / "statistics.json", self.state())
+        write_json(folder / "statistics.json", {"average_lengths": self._average_lengths})
         write_json(folder / "retriever.json", self.config)
 
     @classmethod
@@ -271,13 +379,16 @@ class BM25Retriever(Retriever):
         if config.pop("retriever", None) != "bm25":
             raise InputError(f"{folder} holds an index of another retriever than BM25: see its retriever.json.")
         retriever = cls(**config)
-        retriever.load_state(_read_json(folder / "statistics.json"))
-        retriever._document_ids = _read_json(folder / "document_ids.json")
-        retriever._indexes = [
-            bm25s.BM25.load(folder / f"field_{i}", allow_pickle=False, show_progress=False)
-            for i in range(len(retriever._field_texts))
-        ]
+        retriever._take_index(
+            [_load_field(folder / f"field_{i}") for i in range(len(retriever._field_texts))],
+            _read_json(folder / "statistics.json")["average_lengths"],
+            _read_json(folder / "document_ids.json"),
+        )
         return retriever
+
+    def _take_index(self, indexes: list[bm25s.BM25], average_lengths: list[float], document_ids: list[str]) -> None:
+        self._indexes, self._average_lengths, self._document_ids = indexes, average_lengths, document_ids
+        self._statistics = list(map(FieldStatistics.of_index, indexes, average_lengths))
 
     # Analysis
 
@@ -324,12 +435,16 @@ def _combine(field_scores: Iterable[np.ndarray]) -> np.ndarray:
     return np.maximum(first, rest[0]) + TIE_BREAKER * np.minimum(first, rest[0])
 
 
-def _index_scores(field_index: bm25s.BM25, query_terms: list[str]) -> np.ndarray:
-    """Scores of all indexed documents, 0 for those without a term of the query."""
-    known_ids = field_index.get_tokens_ids(query_terms)
-    if not known_ids:
-        return np.zeros(field_index.scores["num_docs"])
-    return field_index.get_scores_from_ids(known_ids)
+def _index_scores(field_index: bm25s.BM25, counts: dict[int, int]) -> np.ndarray:
+    """Scores of all indexed documents for terms that the query has so often, 0 for documents without any of them."""
+    postings = field_index.scores
+    scores = np.zeros(postings["num_docs"])
+    terms = np.fromiter(counts, dtype=np.int64)
+    starts, ends = postings["indptr"][terms].tolist(), postings["indptr"][terms + 1].tolist()
+    for start, end, count in zip(starts, ends, counts.values(), strict=True):
+        values = postings["data"][start:end]
+        np.add.at(scores, postings["indices"][start:end], values if count == 1 else count * values)
+    return scores
 
 
 def _best(scores: np.ndarray, k: int) -> np.ndarray:
@@ -338,11 +453,37 @@ def _best(scores: np.ndarray, k: int) -> np.ndarray:
 
     bm25s' own selection fills up with zero scores and orders ties arbitrarily.
     """
-    hits = np.flatnonzero(scores > 0)
-    if len(hits) > k:
-        threshold = np.partition(scores[hits], -k)[-k]
-        hits = hits[scores[hits] >= threshold]
-    return hits[np.argsort(-scores[hits], kind="stable")][:k]
+    # The kth best of some scores is at most the kth best of all, and leaves little to sort.
+    sample = scores[::SAMPLE_EVERY]
+    threshold = np.partition(sample, -k)[-k] if k <= len(sample) else 0
+    places = np.flatnonzero(scores >= threshold if threshold > 0 else scores > 0)
+    if len(places) > k:
+        found = scores[places]
+        places = places[found >= np.partition(found, -k)[-k]]
+    return places[np.argsort(-scores[places], kind="stable")][:k]
+
+
+def _num_cores() -> int:
+    """Those that this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _save_field(field_index: bm25s.BM25, folder: Path) -> None:
+    """Renames files into place: what is there may be mapped into memory, here or by another process that searches."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
+        field_index.save(temporary, allow_pickle=False, show_progress=False)
+        for path in Path(temporary).iterdir():
+            os.replace(path, folder / path.name)
+
+
+def _load_field(folder: Path) -> bm25s.BM25:
+    """Maps the arrays into memory: a search reads the postings of its terms only."""
+    field_index = bm25s.BM25.load(folder, mmap=True, allow_pickle=False, show_progress=False)
+    for name in ("data", "indices", "indptr"):
+        # The same memory as a plain array, which is sliced faster.
+        field_index.scores[name] = np.asarray(field_index.scores[name])
+    return field_index
 
 
 def _read_json(path: Path) -> Any:

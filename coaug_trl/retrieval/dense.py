@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -38,6 +39,38 @@ BGE_QUERY_PROMPT = "Represent this sentence for searching relevant passages: "
 
 SHARD_SIZE = 1024  # texts embedded at a time: what an interruption loses at most
 PROGRESS_FROM = 2000
+MAX_GPU_HITS = 2048  # of one query, by FAISS on a GPU
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """
+    Documents as a dense retriever reads them.
+
+    Args:
+        vectors (`np.ndarray` of shape `(texts, dimension)`):
+            Normalised embeddings of the different texts, float32. Equal texts share one, so that a matrix product
+            cannot round their scores apart.
+        rows (`np.ndarray` of shape `(documents,)`):
+            The row of each document.
+    """
+
+    vectors: np.ndarray
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, places: np.ndarray) -> Self:
+        return Embeddings(self.vectors, self.rows[places])
+
+    @classmethod
+    def concatenate(cls, parts: "list[Self]") -> Self:
+        offsets = np.cumsum([0, *(len(part.vectors) for part in parts[:-1])])
+        return cls(
+            np.concatenate([part.vectors for part in parts]),
+            np.concatenate([part.rows + offset for part, offset in zip(parts, offsets, strict=True)]),
+        )
 
 
 class DenseRetriever(Retriever):
@@ -65,7 +98,8 @@ class DenseRetriever(Retriever):
             Folder where [`index`] keeps embeddings, so that it embeds only what is missing there: after an
             interruption, or for a changed corpus. [`score`] reads them but adds none, as rollouts do not come again.
         device (`str`, *optional*):
-            Where to embed; defaults to CUDA if there is any.
+            Where to embed; defaults to CUDA if there is any. With faiss-gpu it is searched there too, where FAISS has
+            this index for GPUs.
         weights (`str`, *optional*):
             Fingerprint that the model's weights must have, as in [`config`].
 
@@ -114,6 +148,7 @@ class DenseRetriever(Retriever):
         self._dimension = self._encode([""], "").shape[1]
         self._new_index()  # a mistake in its description should show now, not when the corpus is embedded
         self._index: faiss.Index | None = None
+        self._gpu_index: faiss.Index | None = None
         self._document_ids: list[list[str]] = []
 
     @property
@@ -140,24 +175,29 @@ class DenseRetriever(Retriever):
         if state["config"] != self.config:
             raise InputError(f"The saved state is that of {state['config']}, not of {self.config}.")
 
-    def score(self, queries: list[str], documents: list[Document]) -> np.ndarray:
+    def encode(self, documents: list[Document], keep: bool = False) -> "Embeddings":
+        """Embeds documents, equal texts once; `keep` puts the embeddings into the cache, if there is one."""
+        texts, rows = _distinct([document_text(document) for document in documents])
+        return Embeddings(self._embed(texts, self.document_prompt, keep), np.array(rows, dtype=np.int64))
+
+    def score(self, queries: list[str], documents: "list[Document] | Embeddings") -> np.ndarray:
         """
         Scores every query against every document.
 
         Args:
             queries (`list[str]`):
                 Query texts.
-            documents (`list[Document]`):
-                Documents, indexed or not.
+            documents (`list[Document]` or [`Embeddings`]):
+                Documents, indexed or not, or what [`encode`] made of them.
 
         Returns:
             `np.ndarray`: shape (queries, documents), float32, between −1 and 1. Equal texts have equal scores; what
             else is scored moves a value by rounding only.
         """
-        query_texts, query_rows = _distinct(queries)
-        document_texts, document_rows = _distinct([document_text(document) for document in documents])
-        scores = self._embed(query_texts, self.query_prompt) @ self._embed(document_texts, self.document_prompt).T
-        return scores[np.ix_(query_rows, document_rows)]
+        encoded = documents if isinstance(documents, Embeddings) else self.encode(documents)
+        texts, rows = _distinct(queries)
+        scores = self._embed(texts, self.query_prompt) @ encoded.vectors.T
+        return scores[np.ix_(rows, encoded.rows)]
 
     # Index and search
 
@@ -190,7 +230,7 @@ class DenseRetriever(Retriever):
                 f"lists, or Flat. FAISS says: {error}"
             ) from None
         index.add(embeddings)
-        self._index, self._document_ids = index, document_ids
+        self._take_index(index, document_ids)
 
     def search(self, queries: list[str], k: int = 10) -> list[list[tuple[str, float]]]:
         """
@@ -215,18 +255,21 @@ class DenseRetriever(Retriever):
             raise InputError(f"k is the number of hits wanted, at least 1, not {k}.")
         if self._index is None:
             raise RuntimeError("There is nothing to search: call index(documents) or load(folder) first.")
-        all_scores, all_rows = self._index.search(
-            self._embed(queries, self.query_prompt), min(k, len(self._document_ids))
-        )
+        index = self._gpu_index if self._gpu_index is not None and k <= MAX_GPU_HITS else self._index
         results = []
-        for scores, rows in zip(all_scores.tolist(), all_rows.tolist(), strict=True):
-            hits = [
-                (document_id, score)
-                for score, row in zip(scores, rows, strict=True)
-                if row >= 0  # -1 fills up where an approximate index found less than k
-                for document_id in self._document_ids[row]
-            ]
-            results.append(hits[:k])
+        with tqdm(total=len(queries), desc="Searching", delay=2, leave=False) as progress:
+            for first in range(0, len(queries), SHARD_SIZE):
+                shard = queries[first : first + SHARD_SIZE]
+                found = index.search(self._embed(shard, self.query_prompt), min(k, len(self._document_ids)))
+                for scores, rows in zip(*(array.tolist() for array in found), strict=True):
+                    hits = [
+                        (document_id, score)
+                        for score, row in zip(scores, rows, strict=True)
+                        if row >= 0  # -1 fills up where an approximate index found less than k
+                        for document_id in self._document_ids[row]
+                    ]
+                    results.append(hits[:k])
+                progress.update(len(shard))
         return results
 
     def save(self, folder: str | Path) -> None:
@@ -270,9 +313,19 @@ class DenseRetriever(Retriever):
         if config.pop("retriever", None) != "dense":
             raise InputError(f"{folder} holds an index of another retriever than a dense one: see its retriever.json.")
         retriever = cls(**config)
-        retriever._document_ids = json.loads((folder / "document_ids.json").read_text(encoding="utf-8"))
-        retriever._index = faiss.read_index(str(folder / "index.faiss"))
+        document_ids = json.loads((folder / "document_ids.json").read_text(encoding="utf-8"))
+        try:
+            index = faiss.read_index(str(folder / "index.faiss"))
+        except RuntimeError as error:
+            raise InputError(
+                f"{folder}: the index is damaged: index the collection again. FAISS says: {error}"
+            ) from None
+        retriever._take_index(index, document_ids)
         return retriever
+
+    def _take_index(self, index: faiss.Index, document_ids: list[list[str]]) -> None:
+        self._index, self._document_ids = index, document_ids
+        self._gpu_index = _on_gpu(index, self._encoder.device)
 
     def _new_index(self) -> faiss.Index:
         """An empty index; resolves the search parameters if none were given."""
@@ -389,6 +442,17 @@ def _fingerprint(encoder: SentenceTransformer) -> str:
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def _on_gpu(index: faiss.Index, device: torch.device) -> faiss.Index | None:
+    """A copy on the encoder's GPU, with the same search parameters; none without faiss-gpu or for HNSW."""
+    if device.type != "cuda" or not hasattr(faiss, "StandardGpuResources"):
+        return None
+    try:
+        return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device.index or 0, index)
+    except RuntimeError as error:
+        logger.info(f"The index is searched on the CPU: FAISS cannot copy it to {device}: {error}")
+        return None
 
 
 def _careful_parameters(index: faiss.Index) -> str:

@@ -6,26 +6,44 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from accelerate import PartialState
 
 from ..data import Collection, Document
 from ..distributed import run_together
 from ..groups import Group
 from ..prompts import PromptSet, extract_answer
-from ..retrieval import Retriever
-from .ndcg import divide_document_rewards, exact_ndcg, sampled_ndcg, sum_document_rewards
+from ..retrieval import EncodedDocuments, Retriever
+from .ndcg import divide_document_rewards, exact_ndcg, ideal_dcg, sampled_ndcg, sum_document_rewards
 
 
 if TYPE_CHECKING:
     from ..config import CoAugConfig
 
 
-@dataclass
-class GroupRollouts:
-    """What competes of one group: by id, one text a rollout. Texts that are not augmented have one rollout."""
+# (group position, document id, rollout)
+Column = tuple[int, str, int]
 
-    position: int
-    queries: dict[str, list[str]]
-    documents: dict[str, list[Document]]
+
+@dataclass
+class Rollouts:
+    """
+    The composed texts of some groups. Texts that are not augmented have one rollout.
+
+    Args:
+        rows (`list[tuple[int, str, int]]`):
+            Group position, query id and rollout of each query rollout.
+        queries (`list[str]`):
+            Their texts.
+        columns (`list[tuple[int, str, int]]`):
+            Group position, document id and rollout of each document rollout.
+        documents ([`~coaug_trl.retrieval.base.EncodedDocuments`]):
+            The document rollouts as the retriever reads them.
+    """
+
+    rows: list[tuple[int, str, int]]
+    queries: list[str]
+    columns: list[Column]
+    documents: EncodedDocuments
 
 
 @dataclass
@@ -36,36 +54,64 @@ class Pool:
     Args:
         document_ids (`list[str]`):
             Ids of the `D` documents.
-        columns (`list[Document]`):
+        columns (`list[tuple[int, str, int]]`):
             The `C` document rollouts, those of a document together.
         rollout_document (`np.ndarray` of shape `(C,)`):
             Index of each column's document.
-        keys (`list[tuple[int, str, int]]`):
-            Group position, id and rollout of each column.
+        places (`np.ndarray` of shape `(C,)`):
+            Where each column stands among the rollouts that were merged.
     """
 
     document_ids: list[str]
-    columns: list[Document]
+    columns: list[Column]
     rollout_document: np.ndarray
-    keys: list[tuple[int, str, int]]
+    places: np.ndarray
 
     @classmethod
-    def merge(cls, groups: list[GroupRollouts], verbatim: bool, seed: tuple[int, ...]) -> "Pool":
+    def merge(cls, columns: list[Column], verbatim: bool, order: Callable[[list[str]], list[str]]) -> "Pool":
         """Merges the rollouts of documents that several groups drew; if `verbatim`, all of them are the same text."""
-        rollouts = defaultdict(list)
-        for group in groups:
-            for document_id, documents in group.documents.items():
-                if not (verbatim and document_id in rollouts):
-                    rollouts[document_id] += [(group.position, i, each) for i, each in enumerate(documents)]
-        ids = sorted(rollouts)
-        document_ids = [ids[index] for index in np.random.default_rng(seed).permutation(len(ids))]
-        columns = [(position, id_, i, each) for id_ in document_ids for position, i, each in rollouts[id_]]
+        places = defaultdict(list)
+        for place, (_, document_id, _) in enumerate(columns):
+            if not (verbatim and document_id in places):
+                places[document_id].append(place)
+        document_ids = order(sorted(places))
+        in_order = [place for document_id in document_ids for place in places[document_id]]
         return cls(
             document_ids=document_ids,
-            columns=[document for *_, document in columns],
-            rollout_document=np.repeat(np.arange(len(ids)), [len(rollouts[id_]) for id_ in document_ids]),
-            keys=[(position, id_, i) for position, id_, i, _ in columns],
+            columns=[columns[place] for place in in_order],
+            rollout_document=np.repeat(np.arange(len(places)), [len(places[id_]) for id_ in document_ids]),
+            places=np.array(in_order),
         )
+
+
+class Corpus:
+    """
+    All documents, each with the one text it has while it is not in the batch, in a seeded order that knows nothing of
+    relevance and decides between equal scores.
+
+    Every process encodes its share of the documents.
+
+    Args:
+        documents (`list[Document]`):
+            The documents.
+        retriever ([`~coaug_trl.retrieval.Retriever`]):
+            Encodes them.
+        seed (`int`):
+            Seed of the order.
+    """
+
+    def __init__(self, documents: list[Document], retriever: Retriever, seed: int):
+        order = np.random.default_rng(seed).permutation(len(documents))
+        self.document_ids = [documents[index].id for index in order]
+        self.place = {document_id: place for place, document_id in enumerate(self.document_ids)}
+        state = PartialState()
+        share = np.array_split(order, state.num_processes)[state.process_index]
+        own, shares = run_together(retriever.encode, [documents[index] for index in share], True)
+        self.documents = own.concatenate(shares)
+
+    def order(self, document_ids: list[str]) -> list[str]:
+        """Some of the documents, in the order of all."""
+        return sorted(document_ids, key=self.place.__getitem__)
 
 
 class JointReward:
@@ -73,8 +119,10 @@ class JointReward:
     Expected NDCG@k of query and document rollouts (arXiv 2506.18670, section 3.3), as a TRL reward function.
 
     Every process scores the query rollouts of its own groups. With `candidate_pool="batch"` they are ranked against
-    the documents of all processes, where a document drawn by several groups stands once, with the rollouts of all.
-    For the same completions the rewards do not depend on the number of processes.
+    the documents of all processes, where a document drawn by several groups stands once, with the rollouts of all;
+    with `"corpus"` also against all documents outside the batch, each with the one text that `corpus` gives it, and
+    the ideal ranking is that of all judged documents. For the same completions the rewards do not depend on the number
+    of processes. Documents are encoded by the process that generated them, once a generation batch.
 
     Args:
         collection ([`~coaug_trl.Collection`]):
@@ -85,12 +133,22 @@ class JointReward:
             Composes texts and answers.
         args ([`~coaug_trl.CoAugConfig`]):
             `augment`, `candidate_pool`, `reward_estimator`, `num_reward_samples`, `relevant_weight`, `ndcg_k`, `seed`.
+        corpus ([`Corpus`], *optional*):
+            All documents, for `candidate_pool="corpus"`.
     """
 
     __name__ = "joint_ndcg"
 
-    def __init__(self, collection: Collection, retriever: Retriever, prompt_set: PromptSet, args: "CoAugConfig"):
+    def __init__(
+        self,
+        collection: Collection,
+        retriever: Retriever,
+        prompt_set: PromptSet,
+        args: "CoAugConfig",
+        corpus: Corpus | None = None,
+    ):
         self.collection = collection
+        self.corpus = corpus
         self.retriever = retriever
         self.prompt_set = prompt_set
         self.args = args
@@ -135,78 +193,137 @@ class JointReward:
 
         step = trainer_state.global_step
         keys = list(_rollout_keys(group, text_type, text_id))
-        own_groups, all_groups = run_together(self._compose, group, keys, answers)
         if self.args.candidate_pool == "group":
-            rewards, _ = run_together(self._group_rewards, own_groups, step)
+            rewards, _ = run_together(self._group_rewards, group, keys, answers, step)
         else:
-            rewards = self._batch_rewards(own_groups, [each for process in all_groups for each in process], step)
+            rewards = self._batch_rewards(group, keys, answers, step)
         return [rewards[key] for key in keys]
 
-    def _compose(self, groups: list[Group], keys: list[tuple], answers: list[str]) -> list[GroupRollouts]:
+    def _compose(self, groups: list[Group], keys: list[tuple], answers: list[str]) -> Rollouts:
+        """Composes the texts of this process's groups, and encodes the documents among them."""
         answers_of = defaultdict(list)
         for (position, side, text_id, _), answer in zip(keys, answers, strict=True):
             answers_of[position, side, text_id].append(answer)
         compose_query, compose_document = self.prompt_set.compose_query, self.prompt_set.compose_document
         field = self.retriever.answer_field
-        composed = []
+        rows, queries, columns, documents = [], [], [], []
         for group in dict.fromkeys(groups):
-            queries, documents = {}, {}
             for id_ in group.queries:
-                query = self.collection.queries[id_]
-                rollouts = answers_of.get((group.position, "query", id_), [""])
-                queries[id_] = [compose_query(query, answer) for answer in rollouts]
+                for i, answer in enumerate(answers_of.get((group.position, "query", id_), [""])):
+                    rows.append((group.position, id_, i))
+                    queries.append(compose_query(self.collection.queries[id_], answer))
             for id_ in group.documents:
-                document = self.collection.corpus[id_]
-                rollouts = answers_of.get((group.position, "document", id_), [""])
-                documents[id_] = [compose_document(document, answer, field) for answer in rollouts]
-            composed.append(GroupRollouts(group.position, queries, documents))
-        return composed
+                for i, answer in enumerate(answers_of.get((group.position, "document", id_), [""])):
+                    columns.append((group.position, id_, i))
+                    documents.append(compose_document(self.collection.corpus[id_], answer, field))
+        return Rollouts(rows, queries, columns, self.retriever.encode(documents))
 
-    def _group_rewards(self, groups: list[GroupRollouts], step: int) -> dict[tuple, float]:
+    def _group_rewards(self, groups: list[Group], keys: list[tuple], answers: list[str], step: int) -> dict:
+        own = self._compose(groups, keys, answers)
+        scores = self.retriever.score(own.queries, own.documents)
         rewards = {}
-        for group in groups:
-            pool = self._pool([group], (self.args.seed, step, group.position))
-            query_rewards, numerator, weight = self._score([group], pool, step)
+        for group in dict.fromkeys(groups):
+            rows = [place for place, (position, *_) in enumerate(own.rows) if position == group.position]
+            first = next(place for place, (position, *_) in enumerate(own.columns) if position == group.position)
+            columns = [column for column in own.columns if column[0] == group.position]
+            pool = self._merge(columns, self._shuffle(step, group.position))
+            group_scores = scores[np.ix_(rows, first + pool.places)]
+            group_rows = [own.rows[place] for place in rows]
+            query_rewards, numerator, weight = self._expect(group_rows, group_scores, pool, step)
             document_rewards = divide_document_rewards(numerator, weight, pool.rollout_document)
             rewards.update(_by_key(query_rewards, pool, document_rewards))
         return rewards
 
-    def _batch_rewards(
-        self, own_groups: list[GroupRollouts], all_groups: list[GroupRollouts], step: int
-    ) -> dict[tuple, float]:
-        pool = self._pool(all_groups, (self.args.seed, step))
-        (query_rewards, *_), scored = run_together(self._score, own_groups, pool, step)
-        numerator = sum(numerator for _, numerator, _ in scored)
-        weight = sum(weight for _, _, weight in scored)
+    def _batch_rewards(self, groups: list[Group], keys: list[tuple], answers: list[str], step: int) -> dict:
+        own, processes = run_together(self._compose, groups, keys, answers)
+        order = self.corpus.order if self.corpus else self._shuffle(step)
+        pool = self._merge([column for process in processes for column in process.columns], order)
+        documents = own.documents.concatenate([process.documents for process in processes]).take(pool.places)
+        (query_rewards, *_), expected = run_together(self._score, own, pool, documents, step)
+        numerator = sum(numerator for _, numerator, _ in expected)
+        weight = sum(weight for _, _, weight in expected)
         document_rewards = divide_document_rewards(numerator, weight, pool.rollout_document)
         return _by_key(query_rewards, pool, document_rewards)
 
-    def _pool(self, groups: list[GroupRollouts], seed: tuple[int, ...]) -> Pool:
-        return Pool.merge(groups, verbatim=self.args.augment == "query", seed=seed)
+    def _merge(self, columns: list[Column], order: Callable[[list[str]], list[str]]) -> Pool:
+        return Pool.merge(columns, verbatim=self.args.augment == "query", order=order)
+
+    def _shuffle(self, *seed: int) -> Callable[[list[str]], list[str]]:
+        generator = np.random.default_rng((self.args.seed, *seed))
+        return lambda ids: [ids[index] for index in generator.permutation(len(ids))]
 
     def _score(
-        self, groups: list[GroupRollouts], pool: Pool, step: int
+        self, own: Rollouts, pool: Pool, documents: EncodedDocuments, step: int
     ) -> tuple[dict[tuple, float], np.ndarray, np.ndarray]:
-        """Rewards of the groups' query rollouts, and what they add to the sums behind the document rewards."""
-        rows = [
-            ((group.position, "query", id_, i), text)
-            for group in groups
-            for id_, rollouts in group.queries.items()
-            for i, text in enumerate(rollouts)
-        ]
-        scores = self.retriever.score([text for _, text in rows], pool.columns)
-        judged = {id_: self.collection.qrels.get(id_, {}) for group in groups for id_ in group.queries}
+        scores = self.retriever.score(own.queries, documents)
+        if self.corpus is None:
+            return self._expect(own.rows, scores, pool, step)
+        left_out = np.zeros(len(self.corpus.documents), dtype=bool)
+        places = np.array([self.corpus.place[id_] for id_ in pool.document_ids])
+        left_out[places] = True
+        # Of the documents outside the batch only the best k can take a place that counts, or make others lose one.
+        others = self.retriever.nearest(own.queries, self.corpus.documents, self.args.ndcg_k, left_out)
+        scores = _rank_together(scores, places[pool.rollout_document], *others)
+        other_ids = [[self.corpus.document_ids[place] for place in row] for row in others[1]]
+        return self._expect(own.rows, scores, pool, step, other_ids)
+
+    def _expect(
+        self,
+        rows: list[tuple[int, str, int]],
+        scores: np.ndarray,
+        pool: Pool,
+        step: int,
+        other_ids: list[list[str]] | None = None,
+    ) -> tuple[dict[tuple, float], np.ndarray, np.ndarray]:
+        """
+        Rewards of query rollouts, and what they add to the sums behind the document rewards.
+
+        `other_ids` are, for each row, the documents outside the batch in the last columns of its scores.
+        """
+        qrels = self.collection.qrels
+        judged = {id_: qrels.get(id_, {}) for _, id_, _ in rows}
         gains = {id_: [grades.get(each, 0) for each in pool.document_ids] for id_, grades in judged.items()}
-        relevance = np.array([gains[id_] for (_, _, id_, _), _ in rows], dtype=np.float64)
-        arguments = (scores, pool.rollout_document, relevance, self.args.ndcg_k)
+        relevance = np.array([gains[id_] for _, id_, _ in rows], dtype=np.float64)
+        rollout_document, ideal, k = pool.rollout_document, None, self.args.ndcg_k
+        if other_ids is not None:
+            other_gains = [
+                [judged[id_].get(each, 0) for each in others]
+                for (_, id_, _), others in zip(rows, other_ids, strict=True)
+            ]
+            relevance = np.hstack([relevance, np.array(other_gains, dtype=np.float64)])
+            num_others = scores.shape[1] - len(rollout_document)
+            rollout_document = np.hstack([rollout_document, len(pool.document_ids) + np.arange(num_others)])
+            best = {id_: ideal_dcg(np.array([*grades.values(), 0], dtype=float), k) for id_, grades in judged.items()}
+            ideal = np.array([best[id_] for _, id_, _ in rows])
+        arguments = (scores, rollout_document, relevance, k)
         if self.args.reward_estimator == "exact":
-            values, conditional = exact_ndcg(*arguments)
+            values, conditional = exact_ndcg(*arguments, ideal=ideal)
         else:
             values, conditional = sampled_ndcg(
-                *arguments, num_samples=self.args.num_reward_samples, seed=(self.args.seed, step)
+                *arguments, num_samples=self.args.num_reward_samples, seed=(self.args.seed, step), ideal=ideal
             )
-        sums = sum_document_rewards(conditional, pool.rollout_document, relevance, self.args.relevant_weight)
-        return {key: value for (key, _), value in zip(rows, values.tolist(), strict=True)}, *sums
+        numerator, weight = sum_document_rewards(conditional, rollout_document, relevance, self.args.relevant_weight)
+        query_rewards = {
+            (position, "query", id_, i): value for (position, id_, i), value in zip(rows, values.tolist(), strict=True)
+        }
+        return query_rewards, numerator[: len(pool.columns)], weight[: len(pool.document_ids)]
+
+
+def _rank_together(
+    scores: np.ndarray, places: np.ndarray, other_scores: np.ndarray, other_places: np.ndarray
+) -> np.ndarray:
+    """
+    Scores of a pool's columns, and after them those of each row's other documents, replaced by their negative ranks:
+    the order of the whole corpus decides between equal scores, whichever side of the batch they are on.
+
+    `places` are those of the columns' documents in the corpus, `other_places` those of the other documents.
+    """
+    scores = np.hstack([scores, other_scores])
+    places = np.hstack([np.broadcast_to(places, (len(scores), len(places))), other_places])
+    order = np.lexsort((places, -scores), axis=-1)
+    ranks = np.empty(scores.shape)
+    np.put_along_axis(ranks, order, np.arange(scores.shape[1], dtype=float)[None], axis=1)
+    return np.where(scores > -np.inf, -ranks, -np.inf)
 
 
 def _rollout_keys(groups: list[Group], text_types: list[str], text_ids: list[str]):
@@ -221,6 +338,6 @@ def _rollout_keys(groups: list[Group], text_types: list[str], text_ids: list[str
 def _by_key(query_rewards: dict[tuple, float], pool: Pool, document_rewards: np.ndarray) -> dict[tuple, float]:
     documents = {
         (position, "document", id_, rollout): reward
-        for (position, id_, rollout), reward in zip(pool.keys, document_rewards.tolist(), strict=True)
+        for (position, id_, rollout), reward in zip(pool.columns, document_rewards.tolist(), strict=True)
     }
     return query_rewards | documents

@@ -107,7 +107,11 @@ def sampled_ndcg_rewards(
 
 
 def exact_ndcg(
-    scores: np.ndarray, rollout_document: np.ndarray, relevance: np.ndarray, k: int = 10
+    scores: np.ndarray,
+    rollout_document: np.ndarray,
+    relevance: np.ndarray,
+    k: int = 10,
+    ideal: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """
     Exact expected NDCG@k of query rollouts, and the same given one document's rollout.
@@ -122,6 +126,9 @@ def exact_ndcg(
             Non-negative linear gains of the query of each row.
         k (`int`, *optional*, defaults to `10`):
             Cut-off of NDCG.
+        ideal (`np.ndarray` of shape `(R,)`, *optional*):
+            Ideal DCG@k of each row; defaults to that of `relevance`. It is larger where relevant documents compete
+            that are not among the columns.
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: values of shape `(R,)`, the expected NDCG@k of each row, and conditional
@@ -133,10 +140,10 @@ def exact_ndcg(
     Source: the derivation is at the head of this module.
     """
     scores, rollout_document, relevance = _check_columns(scores, rollout_document, relevance, k)
+    gains = _normalized_gains(relevance, ideal_dcg(relevance, k) if ideal is None else ideal)
     num_columns, num_documents = scores.shape[1], relevance.shape[1]
     k = min(k, num_documents)
     starts, rollouts = _documents(rollout_document)
-    gains = _normalized_gains(relevance, k)
     positions, ahead = _rank_columns(scores, 1.0 / rollouts[rollout_document])
 
     in_reach = np.isfinite(scores) & ~_hopeless(ahead, k)
@@ -217,6 +224,7 @@ def sampled_ndcg(
     k: int = 10,
     num_samples: int = 512,
     seed: int | tuple[int, ...] = 0,
+    ideal: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """
     Expected NDCG@k of query rollouts, and the same given one document's rollout, estimated from random draws.
@@ -238,6 +246,8 @@ def sampled_ndcg(
             Number of draws, each of one rollout for every document.
         seed (`int` or `tuple[int, ...]`, *optional*, defaults to `0`):
             Seed of the draws; a tuple, such as a run's seed and its step, seeds by all its numbers.
+        ideal (`np.ndarray` of shape `(R,)`, *optional*):
+            Ideal DCG@k of each row, as in [`exact_ndcg`].
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: values of shape `(R,)` and conditional values of shape `(R, C)`, as
@@ -254,7 +264,7 @@ def sampled_ndcg(
     num_rows, num_columns = scores.shape
     num_documents = relevance.shape[1]
     starts, rollouts = _documents(rollout_document)
-    gains = _normalized_gains(relevance, k)
+    gains = _normalized_gains(relevance, ideal_dcg(relevance, k) if ideal is None else ideal)
     positions, _ = _rank_columns(scores, 1.0 / rollouts[rollout_document])
     retrieved = np.isfinite(scores)
     table = np.zeros(max(k, num_documents))
@@ -428,10 +438,15 @@ def _discounts(k: int) -> np.ndarray:
     return 1.0 / np.log2(np.arange(2, k + 2))
 
 
-def _normalized_gains(relevance: np.ndarray, k: int) -> np.ndarray:
-    """Gains divided by the row's ideal DCG@k over the pool; 0 in rows without a relevant document."""
-    best = -np.sort(-relevance, axis=1)[:, :k]
-    ideal = (best @ _discounts(best.shape[1]))[:, None]
+def ideal_dcg(relevance: np.ndarray, k: int) -> np.ndarray:
+    """DCG@k of the best ranking of documents with these gains, along the last axis."""
+    best = -np.sort(-relevance, axis=-1)[..., :k]
+    return best @ _discounts(best.shape[-1])
+
+
+def _normalized_gains(relevance: np.ndarray, ideal: np.ndarray) -> np.ndarray:
+    """Gains divided by the row's ideal DCG; 0 in rows without a relevant document."""
+    ideal = np.asarray(ideal, dtype=np.float64)[:, None]
     return np.divide(relevance, ideal, out=np.zeros(relevance.shape), where=ideal > 0)
 
 

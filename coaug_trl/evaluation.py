@@ -1,5 +1,6 @@
 """Measures of runs, significance of differences, and the folder that keeps an evaluation."""
 
+import hashlib
 import json
 import math
 import warnings
@@ -17,11 +18,13 @@ from scipy import stats
 
 from .errors import InputError
 from .files import atomic_open, write_json, write_jsonl
+from .policy import package_versions
 from .prompts import document_text
 
 
 if TYPE_CHECKING:
-    from .data import Collection
+    from .augment import AugmentedCollection
+    from .data import Collection, Document
     from .retrieval.base import Retriever
 
 MEASURES = ("nDCG@10", "nDCG@100", "R@100", "RR@10", "AP")
@@ -29,6 +32,29 @@ TEXTS_FILE = "texts.jsonl"
 
 Qrels = dict[str, dict[str, int]]
 Run = dict[str, dict[str, float]]
+
+
+def compose(
+    collection: "Collection", augmented: "AugmentedCollection | None", retriever: "Retriever"
+) -> tuple[dict[str, str], list["Document"]]:
+    """
+    The texts that are searched for and indexed.
+
+    Args:
+        collection ([`~coaug_trl.Collection`]):
+            Its judged queries and its documents.
+        augmented ([`~coaug_trl.augment.AugmentedCollection`] or `None`):
+            What is added to them.
+        retriever ([`~coaug_trl.retrieval.base.Retriever`]):
+            Knows the field that an augmentation joins.
+
+    Returns:
+        `tuple[dict[str, str], list[Document]]`: queries by id, and documents.
+    """
+    if augmented is None:
+        queries = {query_id: collection.queries[query_id] for query_id in collection.qrels}
+        return queries, list(collection.corpus.values())
+    return augmented.queries(collection), augmented.documents(collection, retriever.answer_field)
 
 
 def retrieve(
@@ -259,6 +285,63 @@ def judged_texts(
         added = (answers or {}).get(side, {})
         for text_id, text in texts[side].items():
             yield {"_id": text_id, "type": side, "text": text, "augmentation": added.get(text_id, "")}
+
+
+def evaluation_manifest(
+    collection: "Collection",
+    augmented: "AugmentedCollection | None",
+    config: dict[str, Any],
+    queries: dict[str, str],
+    documents: list["Document"],
+    k: int,
+    ignore_identical_ids: bool,
+) -> dict[str, Any]:
+    """
+    How an evaluation is made, for [`~coaug_trl.evaluation.save_evaluation`].
+
+    Args:
+        collection ([`~coaug_trl.Collection`]):
+            What is evaluated on.
+        augmented ([`~coaug_trl.augment.AugmentedCollection`] or `None`):
+            What was added to its texts.
+        config (`dict[str, Any]`):
+            The retriever's.
+        queries (`dict[str, str]`):
+            As [`compose`] gives them.
+        documents (`list[Document]`):
+            Likewise.
+        k (`int`):
+            Depth of the run.
+        ignore_identical_ids (`bool`):
+            As in [`~coaug_trl.evaluation.retrieve`].
+
+    Returns:
+        `dict[str, Any]`: JSON-able; two evaluations with equal manifests have equal runs, since `hashes` are of all
+        texts and judgments.
+    """
+    return {
+        "collection": collection.name,
+        "split": collection.split,
+        "retriever": config,
+        "depth": k,
+        "ignore_identical_ids": ignore_identical_ids,
+        "augmentations": augmented.manifest if augmented else None,
+        "augmented_sides": sorted(augmented.answers) if augmented else [],
+        "hashes": {
+            "queries": _hash(queries.items()),
+            "documents": _hash((document.id, document.title, document.text) for document in documents),
+            "judgments": _hash(collection.qrels.items()),
+        },
+        "versions": package_versions(),
+    }
+
+
+def _hash(rows: Iterable[Any]) -> str:
+    """First 16 hexadecimal digits of a SHA-256 over rows."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row).encode() + b"\n")
+    return digest.hexdigest()[:16]
 
 
 def save_evaluation(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 from accelerate import PartialState
-from transformers import AutoTokenizer, ProgressCallback, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -97,22 +97,67 @@ def main(arguments: list[str] | None = None) -> None:
     """
     set_up_logging()
     script_args, training_args, model_args = parse_arguments(arguments)
-    set_seed(training_args.seed)
     given = training_args.resume_from_checkpoint
     if given and not (Path(given) / "trainer_state.json").is_file():
         raise InputError(f"resume_from_checkpoint is {given}, no whole checkpoint: it has no trainer_state.json.")
 
+    if script_args.dry_run:
+        parts = make_parts(script_args, training_args, model_args)
+        if PartialState().is_main_process:
+            print_plan(training_args, *parts)
+        return
+
+    trainer = make_trainer(script_args, training_args, model_args)
+
     ###########
-    # Collection
+    # Train, from the last whole checkpoint if there is one
     ###########
+    checkpoint = given or last_whole_checkpoint(training_args.output_dir)
+    if checkpoint:
+        logger.warning(f"Resuming from {checkpoint}. To start afresh, choose another output_dir.")
+    train_result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.log_metrics("train", train_result.metrics)
+    trainer.save_metrics("train", train_result.metrics)
+    trainer.save_state()
+
+    ###########
+    # Save, evaluate on the dev split
+    ###########
+    trainer.save_model(training_args.output_dir)
+    if trainer.eval_collection is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.accelerator.end_training()  # processes that leave without it may abort when all is done
+
+
+def make_parts(
+    script_args: CoAugScriptArguments, training_args: CoAugConfig, model_args: ModelConfig
+) -> tuple[Collection, Collection | None, Retriever, PromptSet, PreTrainedTokenizerBase]:
+    """
+    Builds what a run needs besides its model.
+
+    Args:
+        script_args ([`CoAugScriptArguments`]):
+            What is trained on.
+        training_args ([`~coaug_trl.CoAugConfig`]):
+            Configuration.
+        model_args ([`trl.ModelConfig`]):
+            The model, for its tokenizer.
+
+    Returns:
+        `tuple`: training collection, evaluation collection (`None` without evaluations), retriever, prompt set and
+        tokenizer.
+
+    Raises:
+        `InputError`: One of them cannot be loaded.
+    """
     train_collection = Collection.load(script_args.collection, script_args.train_split)
     eval_collection = None
     if training_args.eval_strategy != "no":
         eval_collection = train_collection.with_split(script_args.eval_split)
-
-    ###########
-    # Retriever, prompts, tokenizer
-    ###########
     if script_args.retriever == "bm25":
         names = ("k1", "b", "language", "fields")
         retriever = make_retriever("bm25", **{name: getattr(script_args, name) for name in names})
@@ -121,16 +166,33 @@ def main(arguments: list[str] | None = None) -> None:
     prompt_set = (
         PromptSet.load(script_args.prompt_set) if script_args.prompt_set else PromptSet.default(retriever.kind)
     )
-    tokenizer = load_tokenizer(training_args, model_args)
+    return train_collection, eval_collection, retriever, prompt_set, load_tokenizer(training_args, model_args)
 
-    if script_args.dry_run:
-        if PartialState().is_main_process:
-            print_plan(training_args, train_collection, eval_collection, retriever, prompt_set, tokenizer)
-        return
 
-    ###########
-    # Model and trainer
-    ###########
+def make_trainer(
+    script_args: CoAugScriptArguments, training_args: CoAugConfig, model_args: ModelConfig
+) -> CoAugTrainer:
+    """
+    Builds the trainer of a run, with its model.
+
+    Args:
+        script_args ([`CoAugScriptArguments`]):
+            What is trained on.
+        training_args ([`~coaug_trl.CoAugConfig`]):
+            Configuration; gets the `model_init_kwargs` that follow from `model_args`.
+        model_args ([`trl.ModelConfig`]):
+            The model.
+
+    Returns:
+        [`~coaug_trl.CoAugTrainer`]: the trainer, before its first step.
+
+    Raises:
+        `InputError`: A setting or an input file has to be mended.
+    """
+    set_seed(training_args.seed)
+    train_collection, eval_collection, retriever, prompt_set, tokenizer = make_parts(
+        script_args, training_args, model_args
+    )
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -151,28 +213,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not training_args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(CompactProgressCallback)
-
-    ###########
-    # Train, from the last whole checkpoint if there is one
-    ###########
-    checkpoint = given or last_whole_checkpoint(training_args.output_dir)
-    if checkpoint:
-        logger.warning(f"Resuming from {checkpoint}. To start afresh, choose another output_dir.")
-    train_result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.log_metrics("train", train_result.metrics)
-    trainer.save_metrics("train", train_result.metrics)
-    trainer.save_state()
-
-    ###########
-    # Save, evaluate on the dev split
-    ###########
-    trainer.save_model(training_args.output_dir)
-    if eval_collection is not None:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-    if training_args.push_to_hub:
-        trainer.push_to_hub()
+    return trainer
 
 
 class CompactProgressCallback(ProgressCallback):
@@ -313,6 +354,12 @@ def print_plan(
         f"{training_args.gradient_accumulation_steps:,} × {training_args.per_device_train_batch_size} completions"
     )
     print(f"retriever {retriever.config}, prompt set {prompt_set.hash} ({prompt_set.kind})")
+    if training_args.num_hard_negatives:
+        first, last = training_args.hard_negative_ranks
+        print(
+            f"hard negatives: up to {training_args.num_hard_negatives} a group, from ranks {first} to {last}; mined when "
+            "training starts, and not in the group below"
+        )
     print(
         f"first group: 1 query prompt and {len(documents)} document prompts, {num_cut} of them cut to "
         f"{prompt_set.max_document_tokens} tokens"

@@ -15,48 +15,57 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from coaug_trl import Augmenter, BM25Retriever, Collection, Document, PromptSet
+from coaug_trl import Augmenter, Collection, Document, PromptSet
 from coaug_trl.augment import AugmentedCollection
 from coaug_trl.data import vocabulary_gap
-from coaug_trl.evaluation import compare, evaluate_run, retrieve, save_evaluation
+from coaug_trl.evaluation import compare, evaluate_run, judged_texts, retrieve, save_evaluation
 from coaug_trl.files import write_json
 from coaug_trl.policy import GenerationSettings, PolicySettings, package_versions
+from coaug_trl.retrieval import Retriever, make_retriever
 
 
 MEASURE = "nDCG@10"
 SIDES = {"queries only": ["query"], "documents only": ["document"], "both": ["query", "document"]}
 
 
-def index_and_retrieve(queries: dict[str, str], documents: list[Document]) -> dict[str, dict[str, float]]:
-    """Indexes documents with BM25 and searches them."""
-    retriever = BM25Retriever()
+def index_and_retrieve(
+    retriever: Retriever, queries: dict[str, str], documents: list[Document]
+) -> dict[str, dict[str, float]]:
+    """Indexes documents and searches them."""
     retriever.index(documents)
     return retrieve(retriever, queries)
 
 
-def evaluate_policy(name: str, augmenter: Augmenter, collection: Collection, output_dir: Path) -> dict[str, dict]:
+def evaluate_policy(
+    name: str, augmenter: Augmenter, retriever: Retriever, collection: Collection, output_dir: Path
+) -> dict[str, dict]:
     """Augments with a policy and measures each combination of sides; returns the values per query."""
     folder = output_dir / "augmentations" / name
     augmenter.augment_collection(collection, folder)
     per_query = {}
     for label, sides in SIDES.items():
         augmented = AugmentedCollection.load(folder, sides)
-        run = index_and_retrieve(augmented.queries(collection), augmented.documents(collection))
+        documents = augmented.documents(collection, retriever.answer_field)
+        run = index_and_retrieve(retriever, augmented.queries(collection), documents)
         manifest = {
             "policy": name,
             "augmented_sides": sides,
-            "retriever": BM25Retriever().config,
+            "retriever": retriever.config,
             "augmentations": augmented.manifest,
             "versions": package_versions(),
         }
         save_evaluation(
-            output_dir / "evaluations" / f"{name}-{label.replace(' ', '-')}", run, collection.qrels, manifest
+            output_dir / "evaluations" / f"{name}-{label.replace(' ', '-')}",
+            run,
+            collection.qrels,
+            manifest,
+            texts=judged_texts(collection, augmented.answers),
         )
         per_query[label] = {id_: values[MEASURE] for id_, values in evaluate_run(collection.qrels, run)[1].items()}
     return per_query
 
 
-def ceiling(collection: Collection, prompt_set: PromptSet) -> float:
+def ceiling(collection: Collection, prompt_set: PromptSet, retriever: Retriever) -> float:
     """nDCG@10 when every text is given one agreed term for each of its concepts."""
     answer = vocabulary_gap.canonical_answer
     queries = {
@@ -64,9 +73,10 @@ def ceiling(collection: Collection, prompt_set: PromptSet) -> float:
         for id_ in collection.qrels
     }
     documents = [
-        prompt_set.compose_document(document, answer(document.text)) for document in collection.corpus.values()
+        prompt_set.compose_document(document, answer(document.text), retriever.answer_field)
+        for document in collection.corpus.values()
     ]
-    return evaluate_run(collection.qrels, index_and_retrieve(queries, documents), [MEASURE])[0][MEASURE]
+    return evaluate_run(collection.qrels, index_and_retrieve(retriever, queries, documents), [MEASURE])[0][MEASURE]
 
 
 def plot_rewards(history: list[dict], path: Path) -> None:
@@ -118,6 +128,7 @@ def main():
 
     collection = Collection.load("vocabulary-gap", "test")
     settings = PolicySettings.load(output_dir / "trained")
+    retriever = make_retriever(**settings.retriever)
     trained = Augmenter.from_pretrained(str(output_dir / "trained"), batch_size=128)
     untrained = Augmenter.from_pretrained(
         str(output_dir / "untrained"),
@@ -127,16 +138,16 @@ def main():
     )
     queries = {id_: collection.queries[id_] for id_ in collection.qrels}
     none_means, none_values = evaluate_run(
-        collection.qrels, index_and_retrieve(queries, list(collection.corpus.values()))
+        collection.qrels, index_and_retrieve(retriever, queries, list(collection.corpus.values()))
     )
     systems = {
-        name: evaluate_policy(name, augmenter, collection, output_dir)
+        name: evaluate_policy(name, augmenter, retriever, collection, output_dir)
         for name, augmenter in (("untrained", untrained), ("trained", trained))
     }
     test = compare(systems["trained"]["both"], systems["untrained"]["both"])
 
     mean = lambda values: sum(values.values()) / len(values)
-    best = ceiling(collection, settings.prompt_set)
+    best = ceiling(collection, settings.prompt_set, retriever)
     metrics = {
         MEASURE: {"none": none_means[MEASURE], **{name: mean(values["both"]) for name, values in systems.items()}},
         "by_side": {name: {label: mean(values[label]) for label in SIDES} for name, values in systems.items()},
@@ -150,9 +161,8 @@ def main():
     plot_rewards(history, output_dir / "reward.png")
 
     console = Console(highlight=False, soft_wrap=True)
-    table = Table(
-        title=f"{MEASURE} on {test['num_queries']} held-out test queries, BM25 over {len(collection.corpus)} documents"
-    )
+    searched = f"{'BM25' if retriever.kind == 'sparse' else 'dense retrieval'} over {len(collection.corpus)} documents"
+    table = Table(title=f"{MEASURE} on {test['num_queries']} held-out test queries, {searched}")
     table.add_column("augmentation")
     for label in SIDES:
         table.add_column(label, justify="right")

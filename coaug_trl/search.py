@@ -1,0 +1,247 @@
+"""The folder that serves a collection: its index, its documents as they are, and which policy may augment queries."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .data import Collection
+from .errors import InputError
+from .evaluation import compose
+from .files import write_json, write_jsonl
+from .policy import GenerationSettings, PolicySettings, package_versions
+from .prompts import PROMPT_SET_FILE, PromptSet
+from .retrieval import Retriever, load_retriever
+
+
+# A search without a policy does without torch.
+if TYPE_CHECKING:
+    from .augment import AugmentedCollection, Augmenter
+
+MANIFEST = "manifest.json"
+DOCUMENTS_FILE = "documents.jsonl"
+
+
+class Result(NamedTuple):
+    """
+    What a search found for one query.
+
+    Args:
+        query (`str`):
+            The query as it was asked.
+        augmentation (`str` or `None`):
+            What a policy added to it; `None` without a policy.
+        hits (`list[dict[str, Any]]`):
+            `rank`, `score`, `_id`, `title` and `text` of each hit, best first; texts are those of the collection.
+    """
+
+    query: str
+    augmentation: str | None
+    hits: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class SearchIndex:
+    """
+    An indexed collection, in a folder.
+
+    Args:
+        folder (`Path`):
+            The folder.
+        manifest (`dict[str, Any]`):
+            What is indexed: collection, retriever, manifest of the augmentations if there are any, versions.
+        retriever ([`~coaug_trl.retrieval.Retriever`]):
+            With the index.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    retriever: Retriever
+
+    @classmethod
+    def build(
+        cls, collection: Collection, augmented: "AugmentedCollection | None", retriever: Retriever, folder: str | Path
+    ) -> "SearchIndex":
+        """
+        Indexes a collection into a folder; one that holds an index gets this one instead.
+
+        Args:
+            collection ([`~coaug_trl.Collection`]):
+                Its documents.
+            augmented ([`~coaug_trl.augment.AugmentedCollection`] or `None`):
+                What is added to them.
+            retriever ([`~coaug_trl.retrieval.Retriever`]):
+                Makes the index.
+            folder (`str` or `Path`):
+                The folder.
+
+        Raises:
+            `InputError`: The folder holds something else, or the retriever cannot index the documents.
+        """
+        folder = Path(folder)
+        refuse_other_content(folder)
+        _, documents = compose(collection, augmented, retriever)
+        retriever.index(documents)
+        manifest = {
+            "finished": False,
+            "collection": collection.name,
+            "num_documents": len(collection.corpus),
+            "retriever": retriever.config,
+            "augmentations": augmented.manifest if augmented else None,
+            "versions": package_versions(),
+        }
+        # Until the last line the manifest says that the index is not finished, also where it replaces another.
+        write_json(folder / MANIFEST, manifest)
+        (folder / PROMPT_SET_FILE).unlink(missing_ok=True)
+        retriever.save(folder)
+        # The documents as they are, not as they are indexed: a search shows what its user knows of the collection.
+        write_jsonl(
+            folder / DOCUMENTS_FILE,
+            (
+                {"_id": document.id, "title": document.title, "text": document.text}
+                for document in collection.corpus.values()
+            ),
+        )
+        if augmented:
+            augmented.prompt_set.save(folder)
+        manifest |= {"finished": True}
+        write_json(folder / MANIFEST, manifest)
+        return cls(folder, manifest, retriever)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "SearchIndex":
+        """
+        Reads an index that [`build`] made.
+
+        Raises:
+            `InputError`: There is no finished index in the folder, or a file is damaged.
+        """
+        folder = Path(folder)
+        manifest = _read_manifest(folder)
+        if not manifest.get("finished"):
+            fault = "the index was begun but not finished" if "finished" in manifest else "there is no index"
+            raise InputError(f"{folder}: {fault}; make it with coaug index.")
+        return cls(folder, manifest, load_retriever(folder))
+
+    def augmenter(self, model: str) -> "Augmenter":
+        """
+        Loads a policy that augments queries for this index, with the prompts its documents were augmented with.
+
+        Args:
+            model (`str`):
+                Folder or Hub id.
+
+        Returns:
+            [`~coaug_trl.Augmenter`]: the policy. A note on standard error says if another one augmented the documents.
+
+        Raises:
+            `InputError`: There is no such model, or its prompts or retriever are not those of the index.
+        """
+        from .augment import Augmenter
+
+        made_with = self.manifest["augmentations"]
+        trained = PolicySettings.load(model) if Path(model).is_dir() else None
+        if trained:
+            prompt_set, generation = trained.prompt_set, trained.generation
+            if trained.retriever and trained.retriever != self.retriever.config:
+                theirs, ours = trained.retriever, self.retriever.config
+                differences = ", ".join(
+                    f"{name} is {theirs.get(name)} for the policy and {ours.get(name)} for the index"
+                    for name in theirs | ours
+                    if theirs.get(name) != ours.get(name)
+                )
+                raise InputError(
+                    f"The policy {model} and the index {self.folder} differ in their retriever: {differences}; "
+                    "index the collection with the settings of the policy."
+                )
+        elif made_with:
+            prompt_set, generation = PromptSet.load(self.folder), GenerationSettings(**made_with["generation"])
+        else:
+            prompt_set, generation = PromptSet.default(self.retriever.kind), GenerationSettings()
+        if made_with and prompt_set.hash != made_with["prompt_hash"]:
+            raise InputError(
+                f"{model} has the prompt set {prompt_set.hash}, but the documents of {self.folder} were "
+                f"augmented with {made_with['prompt_hash']}; augment and index the collection with this model."
+            )
+        if prompt_set.kind != self.retriever.kind:
+            raise InputError(
+                f"{model} has prompts for {prompt_set.kind} retrievers, and the retriever of {self.folder} is "
+                f"{self.retriever.kind}."
+            )
+        augmenter = Augmenter.from_pretrained(model, prompt_set, generation)
+        if made_with and augmenter.revision != made_with["revision"]:
+            print(
+                f"note: the queries are augmented by {augmenter.name} ({augmenter.revision}), the documents were by "
+                f"{made_with['model']} ({made_with['revision']}); only one model for both sides has agreed on its "
+                "words",
+                file=sys.stderr,
+            )
+        return augmenter
+
+    def search(self, queries: Sequence[str], k: int = 10, augmenter: "Augmenter | None" = None) -> list[Result]:
+        """
+        Searches for queries.
+
+        Args:
+            queries (`Sequence[str]`):
+                Query texts.
+            k (`int`, *optional*, defaults to `10`):
+                The most hits a query gets.
+            augmenter ([`~coaug_trl.Augmenter`], *optional*):
+                What [`augmenter`] loaded; without it queries are searched for as they are.
+
+        Returns:
+            `list[Result]`: one for each query.
+
+        Raises:
+            `InputError`: The folder lacks a document that was found.
+        """
+        answers, texts = [None] * len(queries), list(queries)
+        if augmenter:
+            answers = [augmentation.answer for augmentation in augmenter.generate("query", texts)]
+            compose_query = augmenter.settings.prompt_set.compose_query
+            texts = [compose_query(query, answer) for query, answer in zip(queries, answers, strict=True)]
+        found = self.retriever.search(texts, k)
+        documents = _read_documents(self.folder / DOCUMENTS_FILE, {id_ for hits in found for id_, _ in hits})
+        return [
+            Result(
+                query,
+                answer,
+                [{"rank": rank, "score": score} | documents[id_] for rank, (id_, score) in enumerate(hits, start=1)],
+            )
+            for query, answer, hits in zip(queries, answers, found, strict=True)
+        ]
+
+
+def refuse_other_content(folder: str | Path) -> None:
+    """Refuses a folder that holds something other than an index, such as the augmentations to be indexed."""
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and "finished" not in _read_manifest(folder):
+        raise InputError(f"{folder} holds something other than an index; choose another folder.")
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an index, or an empty dictionary if there is none that can be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def _read_documents(path: Path, ids: set[str]) -> dict[str, dict[str, Any]]:
+    """The documents with these ids; the others of a large collection are not kept in memory."""
+    documents = {}
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            if row["_id"] in ids:
+                documents[row["_id"]] = row
+    if len(documents) < len(ids):
+        raise InputError(f"{path} is damaged: a document is missing; index the collection again.")
+    return documents

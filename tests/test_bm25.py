@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from coaug_trl.data import Document
 from coaug_trl.errors import InputError
 from coaug_trl.evaluation import evaluate_run
-from coaug_trl.retrieval import BM25Retriever
+from coaug_trl.retrieval import BM25Retriever, bm25, load_retriever
 
 
 CORPUS = [
@@ -33,6 +33,12 @@ texts = st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join)
 documents_of = st.lists(texts, min_size=1, max_size=8).map(
     lambda contents: [Document(str(i), "", text) for i, text in enumerate(contents)]
 )
+
+
+def random_texts(number, num_words, seed):
+    """Some words are frequent and others rare."""
+    rng = np.random.default_rng(seed)
+    return [" ".join(f"word{rank}" for rank in (300 ** rng.random(num_words)).astype(int)) for _ in range(number)]
 
 
 def fitted(documents, **options):
@@ -250,6 +256,44 @@ class TestSearch:
         for k in (1, 10, 17, 30, 50):
             assert [document_id for document_id, _ in retriever.search(["cod"], k=k)[0]] == expected[:k]
 
+    @pytest.mark.parametrize("k", [1, 3, 60, 3000])
+    def test_best_places_against_a_full_sort(self, k):
+        rng = np.random.default_rng(k)
+        for scores in (
+            rng.integers(0, 4, 2000).astype(float),  # hardly anything but ties
+            np.where(rng.random(2000) < 0.01, rng.random(2000), 0),
+            rng.random(2000),
+            np.r_[np.zeros(1999), 1.0],
+            np.r_[1.0, np.zeros(1999)],  # all that a sample of every so many finds
+            np.zeros(2000),
+        ):
+            expected = sorted(np.flatnonzero(scores), key=lambda place: -scores[place])[:k]
+            assert bm25._best(scores, k).tolist() == expected
+
+    @pytest.mark.parametrize("fields", ["flat", "best"])
+    def test_any_number_of_threads_finds_the_same(self, fields, monkeypatch):
+        documents, queries = random_texts(400, 30, 0), random_texts(150, 8, 1)
+        retriever = BM25Retriever(fields=fields)
+        retriever.index([Document(f"d{i}", text[:20], text) for i, text in enumerate(documents)])
+        found = {}
+        for threads in (1, 2, 7):
+            monkeypatch.setattr(bm25, "_num_cores", lambda threads=threads: threads)
+            found[threads] = retriever.search(["", *queries, "zyx"], k=20)
+        assert found[1] == found[2] == found[7]
+        assert found[1][0] == found[1][-1] == [] and all(map(len, found[1][1:-1]))
+        assert found[1] == [retriever.search([query], k=20)[0] for query in ["", *queries, "zyx"]]
+
+    def test_agrees_with_bm25s_of_the_same_index(self, tmp_path):
+        retriever = BM25Retriever()
+        retriever.index([Document(f"d{i}", "", text) for i, text in enumerate(random_texts(400, 30, 0))])
+        retriever.save(tmp_path)
+        queries = random_texts(100, 40, 1)  # with many words twice and more
+        expected = bm25s.BM25.load(tmp_path / "field_0", show_progress=False).retrieve(
+            [query.split() for query in queries], k=20, show_progress=False
+        )
+        found = [[score for _, score in hits] for hits in retriever.search(queries, k=20)]
+        np.testing.assert_allclose(found, expected.scores, rtol=1e-12)
+
     def test_a_repeated_id_is_refused(self):
         with pytest.raises(InputError, match="'d1'"):
             BM25Retriever().index([CORPUS[0], CORPUS[0]])
@@ -287,6 +331,49 @@ class TestSaveAndLoad:
             assert path.suffix in {".json", ".npy"}
             if path.suffix == ".npy":
                 np.load(path, allow_pickle=False)
+
+    @pytest.mark.parametrize("fields", ["flat", "best"])
+    def test_the_arrays_of_a_loaded_index_stay_in_their_files(self, fields, tmp_path):
+        retriever = BM25Retriever(fields=fields)
+        retriever.index([Document(f"d{i}", text[:20], text) for i, text in enumerate(random_texts(400, 30, 0))])
+        retriever.save(tmp_path)
+        loaded = BM25Retriever.load(tmp_path)
+        for field_index in loaded._indexes:
+            assert all(isinstance(field_index.scores[name].base, np.memmap) for name in ("data", "indices", "indptr"))
+        queries = random_texts(50, 8, 1)
+        assert loaded.search(queries, k=400) == retriever.search(queries, k=400)
+        assert loaded.state() == retriever.state()
+
+    def test_an_index_may_be_replaced_while_it_is_searched(self, tmp_path):
+        queries = random_texts(20, 8, 1)
+        first, second = BM25Retriever(), BM25Retriever()
+        first.index([Document(f"d{i}", "", text) for i, text in enumerate(random_texts(900, 30, 0))])
+        second.index([Document("d", "", "word1 word2")])  # its files end long before those of the first
+        first.save(tmp_path)
+        loaded = BM25Retriever.load(tmp_path)
+        loaded.save(tmp_path)  # onto the files that it reads
+        assert BM25Retriever.load(tmp_path).search(queries, k=50) == first.search(queries, k=50)
+        second.save(tmp_path)
+        assert loaded.search(queries, k=50) == first.search(queries, k=50)
+        assert BM25Retriever.load(tmp_path).search(queries, k=50) == second.search(queries, k=50)
+        loaded.save(tmp_path / "copy")
+        assert BM25Retriever.load(tmp_path / "copy").search(queries, k=50) == first.search(queries, k=50)
+        assert not list(tmp_path.rglob(".*"))
+
+    @pytest.mark.parametrize("name", ["data.csc.index.npy", "indptr.csc.index.npy", "vocab.index.json", ""])
+    def test_a_damaged_index_is_refused(self, name, tmp_path):
+        retriever = BM25Retriever()
+        retriever.index(CORPUS)
+        retriever.save(tmp_path)
+        path = tmp_path / "field_0" / name if name else tmp_path / "document_ids.json"
+        content = path.read_bytes()
+        for cut in (len(content) // 2, 0):
+            path.write_bytes(content[:cut])
+            with pytest.raises(InputError, match="is damaged .*; index the collection again"):
+                load_retriever(tmp_path)
+        path.unlink()
+        with pytest.raises(InputError, match=f"is damaged .*{path.name}"):
+            load_retriever(tmp_path)
 
     def test_an_unfinished_folder_is_refused(self, tmp_path):
         with pytest.raises(InputError, match="retriever.json"):

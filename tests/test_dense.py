@@ -31,7 +31,7 @@ from coaug_trl import (
 )
 from coaug_trl.cli import main
 from coaug_trl.groups import Group
-from coaug_trl.retrieval import dense
+from coaug_trl.retrieval import dense, load_retriever
 from coaug_trl.rewards.joint import JointReward
 
 
@@ -218,6 +218,14 @@ class TestSearch:
         for k in (1, 10, 17, 30, 50, 99):
             assert ids(retriever.search(["fish oil"], k)[0]) == expected[:k]
 
+    def test_queries_are_searched_in_batches(self, exact, monkeypatch):
+        queries = [f"{effect} and {food}" for effect in ("gout", "acne", "sleep") for food in ("rice", "tea", "eggs")]
+        expected = exact.search(queries, 10)
+        monkeypatch.setattr(dense, "SHARD_SIZE", 2)
+        for hits, at_once in zip(exact.search(queries, 10), expected, strict=True):
+            assert ids(hits) == ids(at_once)
+            assert [score for _, score in hits] == pytest.approx([score for _, score in at_once], abs=1e-5)
+
     def test_small_cases(self, plain, documents):
         retriever = indexed(plain, documents[:1])
         [[(document_id, score)], [(_, empty)]] = retriever.search(["statins", ""], k=10)
@@ -270,6 +278,18 @@ class TestSettings:
         path.write_text(json.dumps({**json.loads(path.read_text()), "weights": "0" * 16}))
         with pytest.raises(InputError, match="fingerprint"):
             DenseRetriever.load(tmp_path / "dense")
+
+    def test_a_damaged_index_is_refused(self, plain, documents, tmp_path):
+        indexed(plain, documents).save(tmp_path)
+        path = tmp_path / "index.faiss"
+        content = path.read_bytes()
+        for cut in (len(content) // 2, 0):
+            path.write_bytes(content[:cut])
+            with pytest.raises(InputError, match="is damaged: index the collection again"):
+                load_retriever(tmp_path)
+        path.unlink()
+        with pytest.raises(InputError, match="is damaged: index the collection again"):
+            load_retriever(tmp_path)
 
     def test_state(self, plain):
         state = json.loads(json.dumps(plain.state()))

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from coaug_trl import Augmenter, BM25Retriever, Collection, PromptSet, cli
+from coaug_trl import Augmenter, BM25Retriever, Collection, PromptSet, cli, search
 from coaug_trl.policy import GenerationSettings, PolicySettings
 
 
@@ -115,7 +115,7 @@ def test_an_index_may_be_made_again_in_its_folder(coaug, augmentations, beir_fol
     assert not (tmp_path / "prompt_set.yaml").exists()
 
 
-@pytest.mark.parametrize("place", [(BM25Retriever, "save"), (cli, "write_jsonl"), (PromptSet, "save")])
+@pytest.mark.parametrize("place", [(BM25Retriever, "save"), (search, "write_jsonl"), (PromptSet, "save")])
 def test_an_interrupted_index_is_refused(
     coaug, refused, augmentations, index, beir_folder, tmp_path, monkeypatch, place
 ):
@@ -271,7 +271,18 @@ def test_settings_that_cannot_work_are_refused(refused, plain_index):
     assert "at least 1" in refused("search", "--index", plain_index, "--k", 0, "sodium")
 
 
-@pytest.mark.parametrize("name", ["documents.jsonl", "document_ids.json", "statistics.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "documents.jsonl",
+        "document_ids.json",
+        "statistics.json",
+        "field_0/data.csc.index.npy",
+        "field_0/indices.csc.index.npy",
+        "field_0/indptr.csc.index.npy",
+        "field_0/vocab.index.json",
+    ],
+)
 def test_a_file_cut_short_is_refused(refused, plain_index, tmp_path, name):
     folder = shutil.copytree(plain_index, tmp_path / "index")
     content = (folder / name).read_bytes()

@@ -194,7 +194,7 @@ class BM25Retriever(Retriever):
         self._statistics: list[FieldStatistics] = []
         self._indexes: list[bm25s.BM25] = []
         self._average_lengths: list[float] = []  # of the indexed texts
-        self._document_ids: list[str] = []
+        self._document_ids = np.array([], dtype=object)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -294,7 +294,8 @@ class BM25Retriever(Retriever):
 
     def search(self, queries: list[str], k: int = 10) -> list[list[tuple[str, float]]]:
         """
-        Searches the index.
+        Searches the index, with a thread on each core that the process may use when there are many queries. Memory
+        grows with threads × documents, not with queries × documents.
 
         Args:
             queries (`list[str]`):
@@ -315,7 +316,6 @@ class BM25Retriever(Retriever):
         if not self._indexes:
             raise RuntimeError("There is nothing to search: call index(documents) or load(folder) first.")
         tokens = self._tokenize(queries)
-        document_ids = np.array(self._document_ids, dtype=object)
         # For each field the columns of the queries' terms in its index.
         columns = [
             {i: field_index.vocab_dict[term] for term, i in tokens.vocab.items() if term in field_index.vocab_dict}
@@ -328,7 +328,7 @@ class BM25Retriever(Retriever):
                 for field_index, known in zip(self._indexes, columns, strict=True)
             )
             places = _best(scores, k)
-            return list(zip(document_ids[places].tolist(), scores[places].tolist(), strict=True))
+            return list(zip(self._document_ids[places].tolist(), scores[places].tolist(), strict=True))
 
         progress = {"total": len(queries), "desc": "Searching", "delay": 2, "leave": False}
         num_threads = min(_num_cores(), math.ceil(len(queries) / QUERIES_PER_TASK))
@@ -355,14 +355,14 @@ class BM25Retriever(Retriever):
         (folder / "retriever.json").unlink(missing_ok=True)
         for i, field_index in enumerate(self._indexes):
             _save_field(field_index, folder / f"field_{i}")
-        write_json(folder / "document_ids.json", self._document_ids)
+        write_json(folder / "document_ids.json", self._document_ids.tolist())
         write_json(folder / "statistics.json", {"average_lengths": self._average_lengths})
         write_json(folder / "retriever.json", self.config)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
         """
-        Reads an index that [`save`] wrote.
+        Reads an index that [`save`] wrote. Postings stay in their files, mapped into memory, until a query needs them.
 
         Args:
             folder (`str` or `Path`):
@@ -387,7 +387,8 @@ class BM25Retriever(Retriever):
         return retriever
 
     def _take_index(self, indexes: list[bm25s.BM25], average_lengths: list[float], document_ids: list[str]) -> None:
-        self._indexes, self._average_lengths, self._document_ids = indexes, average_lengths, document_ids
+        self._indexes, self._average_lengths = indexes, average_lengths
+        self._document_ids = np.array(document_ids, dtype=object)  # an array, to look up many at a time
         self._statistics = list(map(FieldStatistics.of_index, indexes, average_lengths))
 
     # Analysis
@@ -435,15 +436,19 @@ def _combine(field_scores: Iterable[np.ndarray]) -> np.ndarray:
     return np.maximum(first, rest[0]) + TIE_BREAKER * np.minimum(first, rest[0])
 
 
-def _index_scores(field_index: bm25s.BM25, counts: dict[int, int]) -> np.ndarray:
-    """Scores of all indexed documents for terms that the query has so often, 0 for documents without any of them."""
+def _index_scores(field_index: bm25s.BM25, weights: dict[int, float]) -> np.ndarray:
+    """
+    Scores of all indexed documents, 0 for those without a term of the query.
+
+    A term weighs as often as the query has it: bm25s' own scoring would go through its postings again each time.
+    """
     postings = field_index.scores
     scores = np.zeros(postings["num_docs"])
-    terms = np.fromiter(counts, dtype=np.int64)
+    terms = np.fromiter(weights, dtype=np.int64)
     starts, ends = postings["indptr"][terms].tolist(), postings["indptr"][terms + 1].tolist()
-    for start, end, count in zip(starts, ends, counts.values(), strict=True):
+    for start, end, weight in zip(starts, ends, weights.values(), strict=True):
         values = postings["data"][start:end]
-        np.add.at(scores, postings["indices"][start:end], values if count == 1 else count * values)
+        np.add.at(scores, postings["indices"][start:end], values if weight == 1 else weight * values)
     return scores
 
 

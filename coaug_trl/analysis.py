@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from .data import Collection, Document
 from .errors import InputError
 from .files import write_json
 from .prompts import document_text
-from .retrieval import BM25Retriever
+from .retrieval.analyzer import Analyzer
 from .rewards import exact_ndcg_rewards, sampled_ndcg_rewards
 
 
@@ -147,13 +148,10 @@ def count_words(texts: Iterable[str], language: str = "english") -> Counter[str]
     Returns:
         `Counter[str]`: how often each stem occurs.
     """
-    retriever = BM25Retriever(language=language)
-    documents = [Document("", "", text) for text in texts]
+    analyzer, texts = Analyzer(language), list(texts)
     words = Counter()
-    for first in tqdm(range(0, len(documents), COUNT_CHUNK), desc="Counting words", delay=2, leave=False):
-        (field,) = retriever.encode(documents[first : first + COUNT_CHUNK]).fields
-        counts = field.counts.sum(axis=0)
-        words.update({word: int(counts[column]) for word, column in field.vocabulary.items() if counts[column]})
+    for first in tqdm(range(0, len(texts), COUNT_CHUNK), desc="Counting words", delay=2, leave=False):
+        words.update(chain.from_iterable(analyzer.terms(texts[first : first + COUNT_CHUNK])))
     return words
 
 

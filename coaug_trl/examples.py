@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from .errors import InputError
 from .evaluation import TEXTS_FILE
-from .retrieval import BM25Retriever
+from .retrieval.analyzer import Analyzer
 
 
 TEXT_WORDS = 40
@@ -57,29 +57,24 @@ class Example(NamedTuple):
     sides: list[tuple[Side, Side]]
 
 
-class Analyzer:
-    """BM25's words, where they stand in a text, and their stems."""
+def stems(analyzer: Analyzer, text: str) -> set[str]:
+    """The terms of a text."""
+    (terms,) = analyzer.terms([text])
+    return set(terms)
 
-    def __init__(self, language: str = "english"):
-        self._bm25 = BM25Retriever(language=language)
-        self._word = re.compile(self._bm25._word)
 
-    def stems(self, text: str) -> set[str]:
-        """The stems of a text, without stop words."""
-        return set(self._bm25._tokenize([text]).vocab)
-
-    def mark(self, text: str, shared: set[str], length: int) -> list[Piece]:
-        """Cuts a text to `length` words separated by blanks, and that into pieces by whether a stem is in `shared`."""
-        # control characters of a document would steer the terminal that shows it
-        words = re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split()
-        shown = " ".join(words[:length]) + (" …" if len(words) > length else "")
-        pieces, end = [], 0
-        for word in self._word.finditer(shown):
-            if shared & self.stems(word.group()):
-                pieces += [Piece(shown[end : word.start()], False), Piece(word.group(), True)]
-                end = word.end()
-        pieces.append(Piece(shown[end:], False))
-        return [piece for piece in pieces if piece.text]
+def mark(analyzer: Analyzer, text: str, shared: set[str], length: int) -> list[Piece]:
+    """Cuts a text to `length` words separated by blanks, and that into pieces by whether a term is in `shared`."""
+    # control characters of a document would steer the terminal that shows it
+    words = re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split()
+    shown = " ".join(words[:length]) + (" …" if len(words) > length else "")
+    pieces, end = [], 0
+    for word in re.finditer(analyzer.word, shown):
+        if shared & stems(analyzer, word.group()):
+            pieces += [Piece(shown[end : word.start()], False), Piece(word.group(), True)]
+            end = word.end()
+    pieces.append(Piece(shown[end:], False))
+    return [piece for piece in pieces if piece.text]
 
 
 def read_examples(
@@ -145,10 +140,9 @@ def _discount(rank: int | None) -> float:
 
 
 def _mark_shared(analyzer: Analyzer, *texts: tuple[str, str]) -> tuple[Side, ...]:
-    stems = [analyzer.stems("\n".join(text)) for text in texts]
-    shared = set.intersection(*stems)
+    shared = set.intersection(*(stems(analyzer, "\n".join(text)) for text in texts))
     return tuple(
-        Side(analyzer.mark(text, shared, TEXT_WORDS), analyzer.mark(augmentation, shared, AUGMENTATION_WORDS))
+        Side(mark(analyzer, text, shared, TEXT_WORDS), mark(analyzer, augmentation, shared, AUGMENTATION_WORDS))
         for text, augmentation in texts
     )
 

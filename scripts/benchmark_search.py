@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from coaug_trl.data import Collection, Document
 from coaug_trl.prompts import PromptSet
 from coaug_trl.retrieval import BM25Retriever
-from coaug_trl.retrieval.bm25 import ENGLISH_WORD
+from coaug_trl.retrieval.analyzer import ENGLISH_WORD
 
 
 TITLE_WORDS, TEXT_WORDS, QUERY_WORDS = 6, 60, 6

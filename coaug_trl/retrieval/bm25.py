@@ -1,7 +1,6 @@
 """BM25, by bm25s for the index and by one sparse product for the scores of a training step."""
 
 import json
-import logging
 import math
 import os
 import tempfile
@@ -15,8 +14,6 @@ from typing import Any, ClassVar, Self
 
 import bm25s
 import numpy as np
-import Stemmer
-from bm25s import stopwords
 from bm25s.tokenization import Tokenized
 from scipy import sparse
 from tqdm.auto import tqdm
@@ -24,16 +21,9 @@ from tqdm.auto import tqdm
 from ..data import Document
 from ..errors import InputError
 from ..files import write_json
+from .analyzer import Analyzer
 from .base import Retriever, read_config, unique_ids
 
-
-# bm25s sets its own logger to DEBUG, and any application with a root handler would print all it says.
-logging.getLogger("bm25s").setLevel(logging.WARNING)
-
-# Words, one-letter words too. English keeps inner apostrophes and leaves the possessive 's out of the group, so that
-# it is cut off before stop words and stemming, as in Lucene's English analyzer. No word spans a line break.
-WORD = r"\w+"
-ENGLISH_WORD = r"(\w+(?:['’](?!s\b)\w+)*)(?:['’]s\b)?"
 
 FIELDS = {
     "flat": [lambda document: f"{document.title} {document.text}"],
@@ -179,18 +169,11 @@ class BM25Retriever(Retriever):
             raise InputError(f"BM25 needs k1 ≥ 0 and b between 0 and 1; given are k1={k1}, b={b}.")
         if fields not in FIELDS:
             raise InputError(f"fields is one of {', '.join(FIELDS)}, not {fields!r}.")
-        if language not in Stemmer.algorithms():
-            raise InputError(f"No stemmer for language {language!r}; choose from {', '.join(Stemmer.algorithms())}.")
         self.k1, self.b, self.language, self.fields = k1, b, language, fields
         self._field_texts = FIELDS[fields]
         # With two fields a list of keywords belongs to the short one, as in the code published with the paper.
         self.answer_field = "title" if fields == "best" else "text"
-        if language == "english":
-            self._word, self._stopwords, stemmer = ENGLISH_WORD, stopwords.STOPWORDS_EN, "porter"
-        else:
-            stop = getattr(stopwords, f"STOPWORDS_{language.upper()}", ())
-            self._word, self._stopwords, stemmer = WORD, stop, language
-        self._stemmer = Stemmer.Stemmer(stemmer)
+        self.analyzer = Analyzer(language)
         self._statistics: list[FieldStatistics] = []
         self._indexes: list[bm25s.BM25] = []
         self._average_lengths: list[float] = []  # of the indexed texts
@@ -223,7 +206,7 @@ class BM25Retriever(Retriever):
         """Counts the terms of each field; there is no cache to keep them in."""
         return TermCounts(
             [
-                FieldCounts.count(self._tokenize([text_of(document) for document in documents]))
+                FieldCounts.count(self.analyzer.tokenize([text_of(document) for document in documents]))
                 for text_of in self._field_texts
             ]
         )
@@ -249,7 +232,7 @@ class BM25Retriever(Retriever):
         if not self._statistics:
             raise RuntimeError("BM25 scores need corpus statistics: call fit(documents) or index(documents) first.")
         encoded = documents if isinstance(documents, TermCounts) else self.encode(documents)
-        tokens = self._tokenize(queries)
+        tokens = self.analyzer.tokenize(queries)
         scores = _combine(
             (self._weigh(statistics, tokens, field) @ field.saturate(self.k1, self.b, statistics)).toarray()
             for statistics, field in zip(self._statistics, encoded.fields, strict=True)
@@ -311,32 +294,47 @@ class BM25Retriever(Retriever):
             `InputError`: `k` is less than 1.
             `RuntimeError`: nothing is indexed.
         """
+        return self.search_terms(list(map(Counter, self.analyzer.terms(queries))), k)
+
+    def search_terms(self, queries: list[dict[str, float]], k: int = 10) -> list[list[tuple[str, float]]]:
+        """
+        Searches the index for weighted terms.
+
+        Args:
+            queries (`list[dict[str, float]]`):
+                Terms of the [`analyzer`] to weights of 0 or more: how often a text has them, or what an expansion
+                gives them.
+            k (`int`, *optional*, defaults to `10`):
+                The most hits a query gets.
+
+        Returns:
+            `list[list[tuple[str, float]]]`: as [`search`].
+
+        Raises:
+            `InputError`: `k` is less than 1.
+            `RuntimeError`: nothing is indexed.
+        """
         if k < 1:
             raise InputError(f"k is the number of hits wanted, at least 1, not {k}.")
         if not self._indexes:
             raise RuntimeError("There is nothing to search: call index(documents) or load(folder) first.")
-        tokens = self._tokenize(queries)
-        # For each field the columns of the queries' terms in its index.
-        columns = [
-            {i: field_index.vocab_dict[term] for term, i in tokens.vocab.items() if term in field_index.vocab_dict}
-            for field_index in self._indexes
-        ]
 
-        def search_one(query_ids: list[int]) -> list[tuple[str, float]]:
-            scores = _combine(
-                _index_scores(field_index, Counter(known[i] for i in query_ids if i in known))
-                for field_index, known in zip(self._indexes, columns, strict=True)
-            )
+        def search_one(query: dict[str, float]) -> list[tuple[str, float]]:
+            scores = _combine(_index_scores(field_index, query) for field_index in self._indexes)
             places = _best(scores, k)
             return list(zip(self._document_ids[places].tolist(), scores[places].tolist(), strict=True))
 
         progress = {"total": len(queries), "desc": "Searching", "delay": 2, "leave": False}
         num_threads = min(_num_cores(), math.ceil(len(queries) / QUERIES_PER_TASK))
         if num_threads <= 1:
-            return list(tqdm(map(search_one, tokens.ids), **progress))
+            return list(tqdm(map(search_one, queries), **progress))
         # Threads are enough: NumPy releases the interpreter's lock in all that takes time.
         with ThreadPool(num_threads) as threads:
-            return list(tqdm(threads.imap(search_one, tokens.ids, QUERIES_PER_TASK), **progress))
+            return list(tqdm(threads.imap(search_one, queries, QUERIES_PER_TASK), **progress))
+
+    def document_share(self, term: str) -> float:
+        """The share of the documents that have a term, in the field where it is largest."""
+        return max(each.document_frequencies.get(term, 0) / each.num_documents for each in self._statistics)
 
     def save(self, folder: str | Path) -> None:
         """
@@ -391,27 +389,10 @@ class BM25Retriever(Retriever):
         self._document_ids = np.array(document_ids, dtype=object)  # an array, to look up many at a time
         self._statistics = list(map(FieldStatistics.of_index, indexes, average_lengths))
 
-    # Analysis
-
     def _tokenize_fields(self, documents: list[Document]) -> list[Tokenized]:
         if not documents:
             raise InputError("There are no documents to take BM25 statistics from.")
-        return [self._tokenize([text_of(document) for document in documents]) for text_of in self._field_texts]
-
-    def _tokenize(self, texts: list[str]) -> Tokenized:
-        """Analyses each distinct line once: the rollouts of one text share all lines but the last."""
-        split_texts = [text.split("\n") for text in texts]
-        lines = list(dict.fromkeys(chain.from_iterable(split_texts)))
-        ids, vocab = bm25s.tokenize(
-            lines,
-            token_pattern=self._word,
-            stopwords=self._stopwords,
-            stemmer=self._stemmer,
-            show_progress=False,
-        )
-        line_ids = dict(zip(lines, ids, strict=True))
-        text_ids = [list(chain.from_iterable(map(line_ids.get, text_lines))) for text_lines in split_texts]
-        return Tokenized(text_ids, vocab)
+        return [self.analyzer.tokenize([text_of(document) for document in documents]) for text_of in self._field_texts]
 
 
 def _count_terms(token_ids: list[list[int]], num_terms: int) -> sparse.csr_array:
@@ -436,7 +417,7 @@ def _combine(field_scores: Iterable[np.ndarray]) -> np.ndarray:
     return np.maximum(first, rest[0]) + TIE_BREAKER * np.minimum(first, rest[0])
 
 
-def _index_scores(field_index: bm25s.BM25, weights: dict[int, float]) -> np.ndarray:
+def _index_scores(field_index: bm25s.BM25, weights: dict[str, float]) -> np.ndarray:
     """
     Scores of all indexed documents, 0 for those without a term of the query.
 
@@ -444,9 +425,10 @@ def _index_scores(field_index: bm25s.BM25, weights: dict[int, float]) -> np.ndar
     """
     postings = field_index.scores
     scores = np.zeros(postings["num_docs"])
-    terms = np.fromiter(weights, dtype=np.int64)
+    columns = {field_index.vocab_dict[term]: weights[term] for term in weights if term in field_index.vocab_dict}
+    terms = np.fromiter(columns, dtype=np.int64)
     starts, ends = postings["indptr"][terms].tolist(), postings["indptr"][terms + 1].tolist()
-    for start, end, weight in zip(starts, ends, weights.values(), strict=True):
+    for start, end, weight in zip(starts, ends, columns.values(), strict=True):
         values = postings["data"][start:end]
         np.add.at(scores, postings["indices"][start:end], values if weight == 1 else weight * values)
     return scores

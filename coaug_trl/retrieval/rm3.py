@@ -3,11 +3,9 @@
 from collections import Counter
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from ..data import Document
 from ..errors import InputError
-from .bm25 import FIELDS, BM25Retriever, _best, _combine, _index_scores
+from .bm25 import FIELDS, BM25Retriever
 
 
 # A term in more than this share of the documents is as good as a stop word, and one in a longer word likely no word.
@@ -90,18 +88,9 @@ class RM3:
             `list[list[tuple[str, float]]]`: as [`BM25Retriever.search`]. A query that finds nothing the first time
             has no hits.
         """
-        if k < 1:
+        if k < 1:  # rather now than after the first search
             raise InputError(f"k is the number of hits wanted, at least 1, not {k}.")
-        results = []
-        for weights in tqdm(self.expand(queries), desc="Searching with RM3", delay=2, leave=False):
-            scores = _combine(
-                _index_scores(
-                    index, {index.vocab_dict[term]: weights[term] for term in weights if term in index.vocab_dict}
-                )
-                for index in self.retriever._indexes
-            )
-            results.append([(self.documents[place].id, float(scores[place])) for place in _best(scores, k)])
-        return results
+        return self.retriever.search_terms(self.expand(queries), k)
 
     def expand(self, queries: list[str]) -> list[dict[str, float]]:
         """
@@ -118,13 +107,13 @@ class RM3:
         found = self.retriever.search(queries, self.feedback_documents)
         wanted = {document_id for hits in found for document_id, _ in hits}
         feedback = [document for document in self.documents if document.id in wanted]
-        counts = self._count([FIELDS["flat"][0](document) for document in feedback])
+        counts = map(Counter, self.retriever.analyzer.terms([FIELDS["flat"][0](document) for document in feedback]))
         vectors = {
             document.id: {term: count for term, count in terms.items() if self._may_be_added(term)}
             for document, terms in zip(feedback, counts, strict=True)
         }
         expanded = []
-        for query, hits in zip(self._count(queries), found, strict=True):
+        for query, hits in zip(map(Counter, self.retriever.analyzer.terms(queries)), found, strict=True):
             model = self._relevance_model(hits, vectors)
             share = self.original_weight if model else 1.0
             weights = {term: share * count for term, count in query.items()}
@@ -146,15 +135,6 @@ class RM3:
         return {term: weight / total for term, weight in best}
 
     def _may_be_added(self, term: str) -> bool:
-        most = MAX_DOCUMENT_SHARE * len(self.documents)
         return (
-            len(term) in TERM_LENGTHS
-            and term.isalnum()
-            and all(field.document_frequencies.get(term, 0) <= most for field in self.retriever._statistics)
+            len(term) in TERM_LENGTHS and term.isalnum() and self.retriever.document_share(term) <= MAX_DOCUMENT_SHARE
         )
-
-    def _count(self, texts: list[str]) -> list[Counter[str]]:
-        """How often each of the analyzer's terms occurs in each text."""
-        tokens = self.retriever._tokenize(texts)
-        terms = {number: term for term, number in tokens.vocab.items()}
-        return [Counter(terms[number] for number in numbers) for numbers in tokens.ids]

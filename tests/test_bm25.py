@@ -16,6 +16,7 @@ from coaug_trl.data import Document
 from coaug_trl.errors import InputError
 from coaug_trl.evaluation import evaluate_run
 from coaug_trl.retrieval import BM25Retriever, bm25, load_retriever
+from coaug_trl.retrieval.base import best_places
 
 
 CORPUS = [
@@ -209,7 +210,7 @@ class TestSearch:
             np.testing.assert_allclose([score for _, score in hits], row[order], rtol=1e-12)
 
     def test_rank_needs_no_index(self, monkeypatch):
-        monkeypatch.setattr("coaug_trl.retrieval.base.RANK_CHUNK", 2)
+        monkeypatch.setattr("coaug_trl.retrieval.base.SCORE_CHUNK", 2 * len(QUERIES))
         indexed = BM25Retriever()
         indexed.index(CORPUS)
         for expected, ranked in zip(
@@ -217,6 +218,22 @@ class TestSearch:
         ):
             assert [document_id for document_id, _ in ranked] == [document_id for document_id, _ in expected]
             assert [score for _, score in ranked] == pytest.approx([score for _, score in expected])
+
+    @pytest.mark.parametrize("fields", ["flat", "best"])
+    def test_nearest_ranks_what_is_not_left_out(self, fields, monkeypatch):
+        titles, queries = random_texts(300, 3, 2), [*random_texts(40, 6, 1), ""]
+        documents = [Document(f"d{i}", titles[i], text) for i, text in enumerate(random_texts(300, 12, 0))]
+        retriever = BM25Retriever(fields=fields)
+        retriever.fit(documents)
+        left_out = np.random.default_rng(0).random(300) < 0.4
+        scores = np.where(left_out, -np.inf, retriever.score(queries, documents))
+        monkeypatch.setattr("coaug_trl.retrieval.base.SCORE_CHUNK", 7 * 300)
+        found, places = retriever.nearest(queries, retriever.encode(documents), 9, left_out)
+        for row, row_found, row_places in zip(scores, found, places, strict=True):
+            expected = [i for i in np.argsort(-row, kind="stable") if np.isfinite(row[i])][:9]
+            assert row_places[: len(expected)].tolist() == expected
+            assert row_found[: len(expected)].tolist() == row[expected].tolist()
+            assert np.all(row_found[len(expected) :] == -np.inf)
 
     def test_index_fits_the_statistics(self):
         retriever = BM25Retriever()
@@ -268,7 +285,7 @@ class TestSearch:
             np.zeros(2000),
         ):
             expected = sorted(np.flatnonzero(scores), key=lambda place: -scores[place])[:k]
-            assert bm25._best(scores, k).tolist() == expected
+            assert best_places(scores, k, above=0.0).tolist() == expected
 
     @pytest.mark.parametrize("fields", ["flat", "best"])
     def test_any_number_of_threads_finds_the_same(self, fields, monkeypatch):

@@ -12,9 +12,8 @@ from ..data import Document
 from ..errors import InputError
 
 
-RANK_CHUNK = 10_000
-# Scores held at a time in [`Retriever.nearest`]: 32 MB in float64.
-NEAREST_CHUNK_ELEMENTS = 1 << 22
+SCORE_CHUNK = 1 << 22  # scores held at a time: 32 MB in float64
+SAMPLE_EVERY = 16  # a larger sample costs more to sort, a smaller one leaves more
 
 
 class EncodedDocuments(Protocol):
@@ -116,7 +115,7 @@ class Retriever(ABC):
             first; −inf and 0 fill up where fewer are retrieved.
         """
         scores, places = np.full((len(queries), k), -np.inf), np.zeros((len(queries), k), dtype=np.int64)
-        chunk = max(1, NEAREST_CHUNK_ELEMENTS // max(1, len(documents)))
+        chunk = max(1, SCORE_CHUNK // max(1, len(documents)))
         for first in range(0, len(queries), chunk):
             found = self.score(queries[first : first + chunk], documents)
             found[:, left_out] = -np.inf
@@ -127,14 +126,15 @@ class Retriever(ABC):
 
     def rank(self, queries: list[str], documents: list[Document], k: int) -> list[list[tuple[str, float]]]:
         """
-        Ranks documents by [`score`], without an index; memory grows with `RANK_CHUNK`, not with the documents.
+        Ranks documents by [`score`], without an index; memory does not grow with queries × documents.
 
         Returns:
             `list`: as [`search`].
         """
         hits = [[] for _ in queries]
-        for first in range(0, len(documents), RANK_CHUNK):
-            chunk = documents[first : first + RANK_CHUNK]
+        size = max(1, SCORE_CHUNK // max(1, len(queries)))
+        for first in range(0, len(documents), size):
+            chunk = documents[first : first + size]
             for found, scores in zip(hits, self.score(queries, chunk), strict=True):
                 found += [(chunk[place].id, float(scores[place])) for place in best_places(scores, k)]
                 found.sort(key=lambda hit: -hit[1])
@@ -165,13 +165,16 @@ class Retriever(ABC):
         """Reads a retriever that [`save`] wrote, with the settings it was saved with (see [`config`])."""
 
 
-def best_places(scores: np.ndarray, k: int) -> np.ndarray:
-    """The places of the up to `k` best scores above −inf, best first, equal scores in their order."""
-    hits = np.flatnonzero(scores > -np.inf)
-    if len(hits) > k:
-        threshold = np.partition(scores[hits], -k)[-k]
-        hits = hits[scores[hits] >= threshold]
-    return hits[np.argsort(-scores[hits], kind="stable")][:k]
+def best_places(scores: np.ndarray, k: int, above: float = -np.inf) -> np.ndarray:
+    """The places of the up to `k` best scores above a value, best first and equal scores in their order."""
+    # The kth best of some scores is at most the kth best of all, and leaves little to sort.
+    sample = scores[::SAMPLE_EVERY]
+    threshold = np.partition(sample, -k)[-k] if k <= len(sample) else above
+    places = np.flatnonzero(scores >= threshold if threshold > above else scores > above)
+    if len(places) > k:
+        found = scores[places]
+        places = places[found >= np.partition(found, -k)[-k]]
+    return places[np.argsort(-scores[places], kind="stable")][:k]
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

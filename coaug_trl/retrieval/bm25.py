@@ -22,7 +22,7 @@ from ..data import Document
 from ..errors import InputError
 from ..files import write_json
 from .analyzer import Analyzer
-from .base import Retriever, read_config, unique_ids
+from .base import Retriever, best_places, read_config, unique_ids
 
 
 FIELDS = {
@@ -32,7 +32,6 @@ FIELDS = {
 TIE_BREAKER = 0.5
 
 QUERIES_PER_TASK = 16  # what a thread is given at a time
-SAMPLE_EVERY = 16  # a larger sample costs more to sort, a smaller one leaves more
 
 
 @dataclass(frozen=True)
@@ -321,7 +320,7 @@ class BM25Retriever(Retriever):
 
         def search_one(query: dict[str, float]) -> list[tuple[str, float]]:
             scores = _combine(_index_scores(field_index, query) for field_index in self._indexes)
-            places = _best(scores, k)
+            places = best_places(scores, k, above=0.0)  # bm25s' own selection orders ties arbitrarily
             return list(zip(self._document_ids[places].tolist(), scores[places].tolist(), strict=True))
 
         progress = {"total": len(queries), "desc": "Searching", "delay": 2, "leave": False}
@@ -432,22 +431,6 @@ def _index_scores(field_index: bm25s.BM25, weights: dict[str, float]) -> np.ndar
         values = postings["data"][start:end]
         np.add.at(scores, postings["indices"][start:end], values if weight == 1 else weight * values)
     return scores
-
-
-def _best(scores: np.ndarray, k: int) -> np.ndarray:
-    """
-    The up to `k` best positive scores' places, best first and equal scores in their order.
-
-    bm25s' own selection fills up with zero scores and orders ties arbitrarily.
-    """
-    # The kth best of some scores is at most the kth best of all, and leaves little to sort.
-    sample = scores[::SAMPLE_EVERY]
-    threshold = np.partition(sample, -k)[-k] if k <= len(sample) else 0
-    places = np.flatnonzero(scores >= threshold if threshold > 0 else scores > 0)
-    if len(places) > k:
-        found = scores[places]
-        places = places[found >= np.partition(found, -k)[-k]]
-    return places[np.argsort(-scores[places], kind="stable")][:k]
 
 
 def _num_cores() -> int:

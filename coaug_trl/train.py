@@ -20,7 +20,7 @@ from .errors import InputError
 from .groups import CompositeGroups
 from .prompts import PromptSet, document_text
 from .retrieval import Retriever, make_retriever
-from .trainer import CoAugTrainer
+from .trainer import CoAugTrainer, check_prompt_set, corpus_documents
 
 
 logger = logging.getLogger(__name__)
@@ -324,7 +324,8 @@ def print_plan(
     prompt_set: PromptSet,
     tokenizer,
 ) -> None:
-    """Prints what a run would do, having built everything but the model."""
+    """Prints what a run would do, having built everything but the model, and refuses what it would refuse."""
+    check_prompt_set(prompt_set, retriever, training_args)
     groups = CompositeGroups(
         train_collection,
         training_args.queries_per_group,
@@ -334,11 +335,6 @@ def print_plan(
         training_args.seed,
     )
     retriever.fit(list(train_collection.corpus.values()))
-    group = groups[0]
-    query = train_collection.queries[group.queries[0]]
-    documents, num_cut = prompt_set.truncate(
-        [document_text(train_collection.corpus[document_id]) for document_id in group.documents], tokenizer
-    )
     batches = groups.groups_per_epoch // training_args.groups_per_batch
     print(train_collection.summary())
     if eval_collection is not None:
@@ -360,8 +356,19 @@ def print_plan(
             f"hard negatives: up to {training_args.num_hard_negatives} a group, from ranks {first} to {last}; mined when "
             "training starts, and not in the group below"
         )
-    print(
-        f"first group: 1 query prompt and {len(documents)} document prompts, {num_cut} of them cut to "
-        f"{prompt_set.max_document_tokens} tokens"
-    )
-    print(f"first query prompt: {prompt_set.prompt('query', query, tokenizer)}")
+    if training_args.candidate_pool == "corpus":
+        num_documents = len(corpus_documents(train_collection, retriever, prompt_set, training_args))
+        source = training_args.augmentations or "the collection, not augmented"
+        print(f"every query competes with {num_documents:,} documents; texts outside the batch: {source}")
+    group = groups[0]
+    if training_args.augment != "document":
+        query = train_collection.queries[group.queries[0]]
+        print(f"first query prompt: {prompt_set.prompt('query', query, tokenizer)}")
+    if training_args.augment != "query":
+        documents, num_cut = prompt_set.truncate(
+            [document_text(train_collection.corpus[document_id]) for document_id in group.documents], tokenizer
+        )
+        print(
+            f"first group: {len(documents)} document prompts, {num_cut} of them cut to "
+            f"{prompt_set.max_document_tokens} tokens"
+        )

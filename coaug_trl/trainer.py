@@ -101,12 +101,7 @@ class CoAugTrainer(GRPOTrainer):
         **kwargs,
     ):
         prompt_set = prompt_set or PromptSet.default(retriever.kind)
-        if prompt_set.kind != retriever.kind:
-            raise InputError(
-                f"The prompt set is for {prompt_set.kind} retrievers and the retriever is {retriever.kind}; use "
-                f"PromptSet.default({retriever.kind!r}) or one of your own of that kind."
-            )
-        prompt_set.check_sides(("query", "document") if args.augment == "both" else (args.augment,))
+        check_prompt_set(prompt_set, retriever, args)
         self.train_collection = train_collection
         self.eval_collection = eval_collection
         self.retriever = retriever
@@ -132,12 +127,15 @@ class CoAugTrainer(GRPOTrainer):
         self.settings = PolicySettings(
             prompt_set, GenerationSettings(args.max_completion_length, args.repetition_penalty), retriever.config
         )
+        corpus = None
+        if args.candidate_pool == "corpus":
+            corpus = Corpus(corpus_documents(train_collection, retriever, prompt_set, args), retriever, args.seed)
         if callable(reward_funcs) or isinstance(reward_funcs, str):
             reward_funcs = [reward_funcs]
         super().__init__(
             model=model,
             reward_funcs=[
-                JointReward(train_collection, retriever, prompt_set, args, self._corpus(args)),
+                JointReward(train_collection, retriever, prompt_set, args, corpus),
                 *reward_funcs,
             ],
             args=args,
@@ -161,25 +159,6 @@ class CoAugTrainer(GRPOTrainer):
                 f"1 epoch = {groups.groups_per_epoch // args.groups_per_batch} generation batches; its last one is "
                 f"filled with {groups.num_filled} queries from the epoch's start"
             )
-
-    def _corpus(self, args: CoAugConfig) -> Corpus | None:
-        """What a query is ranked against outside the batch, if anything."""
-        if args.candidate_pool != "corpus":
-            return None
-        collection, folder = self.train_collection, args.augmentations
-        if folder is None:
-            if args.augment != "query" and PartialState().is_main_process:
-                logger.warning(
-                    'candidate_pool is "corpus" without augmentations: documents outside the batch have their original '
-                    "text, so documents of the batch are rewarded for any terms that lift them above those. Run coaug "
-                    "augment --side document with the untrained policy and give its folder as augmentations."
-                )
-            documents = list(collection.corpus.values())
-        else:
-            augmented = AugmentedCollection.load(folder, ["document"])
-            augmented.check(collection, self.prompt_set, self.retriever.config)
-            documents = augmented.documents(collection, self.retriever.answer_field)
-        return Corpus(documents, self.retriever, args.seed)
 
     def _say(self, message: str) -> None:
         if self.accelerator.is_main_process:
@@ -479,6 +458,38 @@ class CoAugTrainer(GRPOTrainer):
             index, name = key.split(".", 1)
             slices[int(index)][name] = value.to(self.accelerator.device)
         self._buffered_inputs = [slices[index] for index in range(len(slices))]
+
+
+def check_prompt_set(prompt_set: PromptSet, retriever: Retriever, args: CoAugConfig) -> None:
+    """Raises an `InputError` if the prompts are not for this retriever, or not for the sides that are trained."""
+    if prompt_set.kind != retriever.kind:
+        raise InputError(
+            f"The prompt set is for {prompt_set.kind} retrievers and the retriever is {retriever.kind}; use "
+            f"PromptSet.default({retriever.kind!r}) or one of your own of that kind."
+        )
+    prompt_set.check_sides(("query", "document") if args.augment == "both" else (args.augment,))
+
+
+def corpus_documents(
+    collection: Collection, retriever: Retriever, prompt_set: PromptSet, args: CoAugConfig
+) -> list[Document]:
+    """
+    All documents as they are ranked outside the batch with `candidate_pool="corpus"`.
+
+    Raises:
+        `InputError`: `args.augmentations` holds no augmentations of documents, or those of other settings.
+    """
+    if args.augmentations is None:
+        if args.augment != "query" and PartialState().is_main_process:
+            logger.warning(
+                'candidate_pool is "corpus" without augmentations: documents outside the batch have their original '
+                "text, so documents of the batch are rewarded for any terms that lift them above those. Run coaug "
+                "augment --side document with the untrained policy and give its folder as augmentations."
+            )
+        return list(collection.corpus.values())
+    augmented = AugmentedCollection.load(args.augmentations, ["document"])
+    augmented.check(collection, prompt_set, retriever.config)
+    return augmented.documents(collection, retriever.answer_field)
 
 
 def normalize_advantages(rewards: torch.Tensor, num_generations: int, normalization: str) -> torch.Tensor:

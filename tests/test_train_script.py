@@ -14,6 +14,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from coaug_trl import PromptSet
 from coaug_trl.cli import main
 from coaug_trl.policy import PolicySettings
 
@@ -137,6 +138,18 @@ def test_a_dry_run_prints_the_plan_and_builds_no_model(train, monkeypatch, tmp_p
     assert "1 epoch = 2 generation batches = 8 optimizer steps" in printed
     assert "3 × 12 completions" in printed
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_refuses_what_the_run_would_refuse(train, tmp_path, capsys):
+    assert train("--dry_run", "true", candidate_pool="corpus") == 0
+    assert "every query competes with 40 documents; texts outside the batch: the collection" in capsys.readouterr().out
+    PromptSet.default("dense").save(tmp_path)
+    for changes, message in (
+        ({"prompt_set": str(tmp_path / "prompt_set.yaml")}, "The prompt set is for dense retrievers"),
+        ({"candidate_pool": "corpus", "augmentations": str(tmp_path / "none")}, "no augmentations there"),
+    ):
+        assert train("--dry_run", "true", **changes) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -94,6 +94,7 @@ def measure_alignment(
     """
     from .augment import AugmentedCollection
 
+    check_smoothing(smoothing)  # rather now than after the counting
     augmented = {str(folder): AugmentedCollection.load(folder) for folder in folders}
     for folder, each in augmented.items():
         if each.manifest["collection"] != collection.name:
@@ -174,14 +175,19 @@ def cross_entropy(query_words: Counter[str], document_words: Counter[str], smoot
     Raises:
         `InputError`: `smoothing` is not positive.
     """
-    if not 0 < smoothing < np.inf:
-        raise InputError(
-            f"smoothing is {smoothing}; it is added to each word's count: use a positive number, such as 1."
-        )
+    check_smoothing(smoothing)
     total = document_words.total() + smoothing * len(query_words.keys() | document_words.keys())
     counts = np.array(list(query_words.values()), dtype=np.float64)
     probabilities = np.array([document_words[word] + smoothing for word in query_words]) / total
     return float(-(counts / counts.sum()) @ np.log(probabilities))
+
+
+def check_smoothing(smoothing: float) -> None:
+    """Raises an `InputError` if the number cannot be added to counts."""
+    if not 0 < smoothing < np.inf:
+        raise InputError(
+            f"smoothing is {smoothing}; it is added to each word's count: use a positive number, such as 1."
+        )
 
 
 def alignment_table(rows: Sequence[Alignment], title: str) -> Table:

@@ -14,6 +14,7 @@ from .data import Collection
 from .errors import InputError
 from .evaluation import (
     MEASURES,
+    TEXTS_FILE,
     compose,
     evaluation_manifest,
     judged_texts,
@@ -216,7 +217,7 @@ def choose_systems(
             )
         if trained.retriever and trained.retriever != retriever.config:
             raise InputError(f"{policy} was trained for {trained.retriever}, not for {retriever.config}.")
-        systems["trained"] = systems["trained"]._replace(sides=trained.prompt_set.sides)
+        systems["trained"] = systems["trained"]._replace(sides=trained.sides)
     return systems
 
 
@@ -343,4 +344,5 @@ def _finished(folder: Path, manifest: dict[str, Any], measures: Sequence[str]) -
         evaluation = load_evaluation(folder)
     except InputError:  # not there, or interrupted while it was written
         return None
-    return evaluation.metrics if (evaluation.manifest, evaluation.measures) == (manifest, list(measures)) else None
+    known = set(measures) <= set(evaluation.measures) and (folder / TEXTS_FILE).is_file()
+    return evaluation.metrics if known and evaluation.manifest == manifest else None

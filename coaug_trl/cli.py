@@ -14,8 +14,10 @@ from .errors import InputError
 
 # Everything heavier is imported by the command that needs it, so that --help answers at once.
 if TYPE_CHECKING:
+    from ir_measures import Measure
+
     from .augment import AugmentedCollection
-    from .compare import Table
+    from .compare import Comparison, Table
     from .data import Collection
     from .policy import GenerationSettings
     from .retrieval import Retriever
@@ -77,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     augment.add_argument("--model", required=True, help="policy or any causal language model: a folder or a Hub id")
     augment.add_argument("--revision", help="revision of the model on the Hub")
     _add_collection(augment, "test")
-    augment.add_argument("--side", choices=["query", "document", "both"], default="both", help="default: both")
+    augment.add_argument(
+        "--side", choices=["query", "document", "both"], help="default: what the policy was trained on, else both"
+    )
     augment.add_argument("--output", required=True, metavar="DIR", help="folder of the augmentations")
     augment.add_argument("--retriever", choices=["bm25", "dense"], default="bm25", help=_UNTRAINED.format("bm25"))
     augment.add_argument("--prompt_set", metavar="FILE", help=_UNTRAINED.format("the package's"))
@@ -206,7 +210,8 @@ def _augment(options: argparse.Namespace) -> None:
     augmenter = Augmenter.from_pretrained(
         options.model, prompt_set, generation, batch_size=options.batch_size, revision=options.revision
     )
-    manifest = augmenter.augment_collection(collection, options.output, _sides(options.side))
+    sides = _sides(options.side) if options.side else augmenter.settings.sides
+    manifest = augmenter.augment_collection(collection, options.output, sides)
     for side, counts in manifest["sides"].items():
         print(describe_side(side, counts))
     print(f"{Path(options.output) / MANIFEST}")
@@ -249,8 +254,7 @@ def _search(options: argparse.Namespace) -> None:
             query.encode()
         except UnicodeEncodeError:  # how Python reads arguments that are not UTF-8
             raise InputError(f"The query {query!r} is not UTF-8; check the encoding of the terminal.") from None
-    if options.k < 1:
-        raise InputError(f"k is the number of hits wanted, at least 1, not {options.k}.")
+    _check_depth(options.k)
     from .search import SearchIndex
 
     index = SearchIndex.load(options.index)
@@ -290,6 +294,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     )
 
     measures = parse_measures(options.measures or MEASURES)
+    _check_depth(options.k)
     collection = Collection.load(options.collection, options.split)
     print(collection.summary())
     augmented, retriever = _augmented_and_retriever(options, collection, _sides(options.side))
@@ -301,18 +306,27 @@ def _evaluate(options: argparse.Namespace) -> None:
     )
     texts = judged_texts(collection, augmented.answers if augmented else None)
     metrics = save_evaluation(options.output, run, collection.qrels, manifest, measures.values(), texts)
-    too_deep = [
-        name
-        for measure, name in measures.items()
-        if options.k < measure.params.get("cutoff", 0) and options.k < len(collection.corpus)
-    ]
-    if too_deep:
-        print(f"note: {', '.join(too_deep)} would need more than the {options.k:,} hits of --k", file=sys.stderr)
+    _note_depth(measures, options.k, collection)
     _print_means(options.output, run)
     print(
         f"over {metrics['num_queries']:,} judged queries, of which {metrics['num_queries_without_hits']:,} found "
         f"nothing and count 0; {options.output}"
     )
+
+
+def _check_depth(k: int) -> None:
+    if k < 1:
+        raise InputError(f"k is the number of hits wanted, at least 1, not {k}.")
+
+
+def _note_depth(measures: dict["Measure", str], k: int, collection: "Collection") -> None:
+    too_deep = [
+        name
+        for measure, name in measures.items()
+        if k < measure.params.get("cutoff", 0) and k < len(collection.corpus)
+    ]
+    if too_deep:
+        print(f"note: {', '.join(too_deep)} would need more than the {k:,} hits of --k", file=sys.stderr)
 
 
 def _print_means(folder: str, run: dict[str, dict[str, float]]) -> None:
@@ -388,7 +402,8 @@ def _baselines(options: argparse.Namespace) -> None:
     from .evaluation import MEASURES, parse_measures
     from .policy import PolicySettings
 
-    measures = list(parse_measures(options.measures or MEASURES).values())
+    measures = parse_measures(options.measures or MEASURES)
+    _check_depth(options.k)
     generation = _generation(options)
     trained = PolicySettings.load(options.policy) if options.policy and Path(options.policy).is_dir() else None
     retriever = _retriever(options, trained.retriever if trained else {}, f"{options.policy} is a policy")
@@ -407,9 +422,11 @@ def _baselines(options: argparse.Namespace) -> None:
         options.revision,
         options.k,
         options.ignore_identical_ids,
-        measures,
+        measures.values(),
     )
+    _note_depth(measures, options.k, collection)
     if comparison:
+        _print_notes(comparison)
         print(f"\n{comparison.render(options.format)}\n\n{Path(options.output) / COMPARISON_FILE}")
 
 
@@ -417,9 +434,13 @@ def _compare(options: argparse.Namespace) -> None:
     from .compare import compare_folders
 
     comparison = compare_folders(options.folders, options.measures)
+    _print_notes(comparison)
+    print(comparison.render(options.format))
+
+
+def _print_notes(comparison: "Comparison") -> None:
     for note in comparison.notes:
         print(f"note: {note}", file=sys.stderr)
-    print(comparison.render(options.format))
 
 
 # coaug analyze

@@ -224,6 +224,13 @@ def compare_folders(folders: Sequence[str | Path], measures: Iterable[str] | Non
         collections = [first.manifest.get("collection"), evaluation.manifest.get("collection")]
         if None not in collections and collections[0] != collections[1]:
             raise InputError(f"{folders[0]} is of the collection {collections[0]}, {folder} of {collections[1]}.")
+        judgments = [each.manifest.get("hashes", {}).get("judgments") for each in (first, evaluation)]
+        if None not in judgments and judgments[0] != judgments[1]:
+            raise InputError(f"{folders[0]} and {folder} were evaluated with different judgments; evaluate one again.")
+        for setting in ("depth", "ignore_identical_ids"):
+            ours, theirs = (each.manifest.get(setting) for each in (first, evaluation))
+            if None not in (ours, theirs) and ours != theirs:
+                notes.append(f"{setting} is {ours} in {folders[0]} and {theirs} in {folder}: they are not alike")
         if evaluation.per_query.keys() != first.per_query.keys():
             example = sorted(evaluation.per_query.keys() ^ first.per_query.keys())[0]
             has, lacks = (folders[0], folder) if example in first.per_query else (folder, folders[0])

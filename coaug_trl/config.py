@@ -64,6 +64,9 @@ class CoAugConfig(GRPOConfig):
             their standard deviation (GRPO), and `"batch"` standardizes over the generation batch (REINFORCE++).
         text_type_scales (`list[float]`, *optional*, defaults to `[1.0, 0.2, 0.1]`):
             Factors of the advantages of queries, relevant documents and irrelevant documents, applied last.
+        ignore_identical_ids (`bool`, *optional*, defaults to `False`):
+            Whether a query does not compete with the document that has its id, in rewards and dev evaluations, for
+            collections whose queries are documents of the corpus, such as ArguAna and Quora.
         refresh_statistics (`bool`, *optional*, defaults to `True`):
             Whether each dev evaluation replaces the retriever's statistics used in the reward by those of the corpus
             as augmented then. `False` keeps those of the original corpus (the published code).
@@ -154,6 +157,10 @@ class CoAugConfig(GRPOConfig):
         default_factory=lambda: [1.0, 0.2, 0.1],
         metadata={"help": "Factors of the advantages of queries, relevant documents and irrelevant documents."},
     )
+    ignore_identical_ids: bool = field(
+        default=False,
+        metadata={"help": "Leave out the document with the id of the query, where queries are documents."},
+    )
     refresh_statistics: bool = field(
         default=True,
         metadata={"help": "Whether dev evaluations refresh the retriever statistics that the reward uses."},
@@ -226,7 +233,7 @@ class CoAugConfig(GRPOConfig):
                 f"{f'0 to {places}' if places else 'a larger group_size, or 0'}."
             )
         ranks = self.hard_negative_ranks
-        if len(ranks) != 2 or not 1 <= ranks[0] <= ranks[1]:
+        if len(ranks) != 2 or not all(isinstance(rank, int) for rank in ranks) or not 1 <= ranks[0] <= ranks[1]:
             raise ValueError(
                 f"hard_negative_ranks is {ranks}; use a first and a last rank, counted from 1, such as 10 100."
             )

@@ -117,6 +117,8 @@ def parse_measures(names: Iterable[str]) -> dict[ir_measures.Measure, str]:
                 f"There is no measure {name!r}; names are those of ir-measures, such as {', '.join(MEASURES)} or "
                 "P(rel=2)@5, in capitals and small letters as here."
             ) from None
+        if measure.NAME in ("NumQ", "NumRel"):  # of judgments, where a query without hits does not count 0
+            raise InputError(f"{name!r} counts judgments and measures no run; use such as {', '.join(MEASURES)}.")
         cutoff = measure.params.get("cutoff")
         try:
             if isinstance(cutoff, int) and cutoff < 1:  # trec_eval ends the process at such a cutoff
@@ -396,6 +398,7 @@ def save_evaluation(
     }
 
     folder = Path(folder)
+    (folder / "metrics.json").unlink(missing_ok=True)  # until it is there again the folder is unfinished
     with atomic_open(folder / "run.trec") as file:
         for query_id, scores in ranked.items():
             for rank, (document_id, score) in enumerate(scores.items(), start=1):
@@ -455,7 +458,8 @@ def load_evaluation(folder: str | Path) -> Evaluation:
             `metrics.json` states, as when an evaluation was begun anew there and interrupted.
     """
     folder = Path(folder)
-    missing = [name for name in ("per_query.jsonl", "manifest.json", "metrics.json") if not (folder / name).is_file()]
+    files = ("run.trec", "qrels.trec", "per_query.jsonl", "manifest.json", "metrics.json")
+    missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         raise InputError(
             f"{folder} is not a finished evaluation: {', '.join(missing)} is missing; make it with coaug evaluate."

@@ -98,6 +98,7 @@ class RetrievalMetric(evaluate.Metric):
     def _compute(
         self, predictions: list[dict[str, Any]], references: list[dict[str, Any]], measures: Iterable[str] = MEASURES
     ) -> dict[str, float | int]:
+        measures = [measures] if isinstance(measures, str) else measures
         run: Run = _by_query(predictions, "scores")
         qrels: Qrels = _by_query(references, "relevances")
         for query_id in [*run, *qrels]:

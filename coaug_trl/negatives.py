@@ -14,6 +14,7 @@ from .data import Collection
 from .distributed import run_together
 from .evaluation import retrieve
 from .files import atomic_open
+from .policy import package_versions
 from .retrieval import Retriever
 
 
@@ -70,6 +71,7 @@ def _read_or_mine(
         "retriever": retriever.config,
         "ranks": list(ranks),
         "collection": _fingerprint(collection),
+        "versions": package_versions(),
     }
     hard_negatives = _read(path, key)
     if hard_negatives is None:
@@ -78,7 +80,7 @@ def _read_or_mine(
             file.write(json.dumps({"key": key, "hard_negatives": hard_negatives}, ensure_ascii=False) + "\n")
     counts = [len(document_ids) for document_ids in hard_negatives.values()]
     logger.info(
-        f"hard negatives from ranks {ranks[0]} to {ranks[1]}: {sum(counts) / len(counts):.1f} a query, "
+        f"hard negatives from ranks {ranks[0]} to {ranks[1]}: {sum(counts) / max(1, len(counts)):.1f} a query, "
         f"{counts.count(0):,} of {len(counts):,} queries have none ({path})"
     )
     return hard_negatives

@@ -52,11 +52,19 @@ class PolicySettings:
             Settings of generation.
         retriever (`dict`, *optional*):
             Configuration of the retriever it was trained for; empty for an untrained model.
+        augment (`str`, *optional*, defaults to `"both"`):
+            Side it was trained on: `"both"`, `"query"` or `"document"`.
     """
 
     prompt_set: PromptSet
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     retriever: dict[str, Any] = field(default_factory=dict)
+    augment: str = "both"
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The sides it was trained on."""
+        return ("query", "document") if self.augment == "both" else (self.augment,)
 
     def save(self, folder: str | Path) -> None:
         """Writes `coaug.json` and `prompt_set.yaml` into a model folder."""
@@ -65,6 +73,7 @@ class PolicySettings:
             "prompt_hash": self.prompt_set.hash,
             "generation": asdict(self.generation),
             "retriever": self.retriever,
+            "augment": self.augment,
             "versions": package_versions(),
         }
         write_json(Path(folder) / POLICY_FILE, content)
@@ -85,6 +94,7 @@ class PolicySettings:
             content = json.loads(path.read_text(encoding="utf-8"))
             prompt_hash, retriever = content["prompt_hash"], content["retriever"]
             generation = GenerationSettings(**content["generation"])
+            augment = content.get("augment", "both")  # policies of version 0.1.0 do not say
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: not the settings of a policy ({error!r}); restore the file.") from None
         if prompt_set.hash != prompt_hash:
@@ -92,7 +102,7 @@ class PolicySettings:
                 f"{folder}: {PROMPT_SET_FILE} has the hash {prompt_set.hash}, but the policy was trained with "
                 f"{prompt_hash}. Restore the file, or train with the new prompt set."
             )
-        return cls(prompt_set, generation, retriever)
+        return cls(prompt_set, generation, retriever, augment)
 
 
 def package_versions() -> dict[str, str]:

@@ -56,6 +56,8 @@ class CoAugScriptArguments:
             BM25: Snowball stemmer.
         encoder (`str`, *optional*, defaults to `"BAAI/bge-base-en-v1.5"`):
             Dense: sentence-transformers model.
+        embedding_cache (`str`, *optional*):
+            Dense: folder where embeddings of the collection's documents are kept for later runs.
         prompt_set (`str`, *optional*):
             YAML file with the prompts; defaults to the package's for the retriever's kind.
         dry_run (`bool`, *optional*, defaults to `False`):
@@ -73,6 +75,7 @@ class CoAugScriptArguments:
     b: float = field(default=0.75, metadata={"help": "BM25: normalisation by length."})
     language: str = field(default="english", metadata={"help": "BM25: Snowball stemmer."})
     encoder: str = field(default="BAAI/bge-base-en-v1.5", metadata={"help": "Dense: sentence-transformers model."})
+    embedding_cache: str | None = field(default=None, metadata={"help": "Dense: where embeddings are kept."})
     prompt_set: str | None = field(default=None, metadata={"help": "YAML file with the prompts."})
     dry_run: bool = field(default=False, metadata={"help": "Build everything but the model, and exit."})
 
@@ -162,7 +165,7 @@ def make_parts(
         names = ("k1", "b", "language", "fields")
         retriever = make_retriever("bm25", **{name: getattr(script_args, name) for name in names})
     else:
-        retriever = make_retriever("dense", model=script_args.encoder)
+        retriever = make_retriever("dense", model=script_args.encoder, cache_dir=script_args.embedding_cache)
     prompt_set = (
         PromptSet.load(script_args.prompt_set) if script_args.prompt_set else PromptSet.default(retriever.kind)
     )

@@ -125,7 +125,10 @@ class CoAugTrainer(GRPOTrainer):
         retriever.fit(list(train_collection.corpus.values()))
         # The settings are saved whenever the model is, which the base class may do while it is constructed.
         self.settings = PolicySettings(
-            prompt_set, GenerationSettings(args.max_completion_length, args.repetition_penalty), retriever.config
+            prompt_set,
+            GenerationSettings(args.max_completion_length, args.repetition_penalty),
+            retriever.config,
+            args.augment,
         )
         corpus = None
         if args.candidate_pool == "corpus":
@@ -372,10 +375,14 @@ class CoAugTrainer(GRPOTrainer):
         deployed = copy.copy(self.retriever)
         deployed.index(documents)
         measure, depth = f"nDCG@{self.args.ndcg_k}", max(EVAL_DEPTH, self.args.ndcg_k)
-        runs = {measure: retrieve(deployed, queries, depth)}
+        ignore = self.args.ignore_identical_ids
+        runs = {measure: retrieve(deployed, queries, depth, ignore)}
         if self.retriever.kind == "sparse":  # dense scores take no statistics from the corpus
-            ranked = self.retriever.rank(list(queries.values()), documents, depth)
-            runs[f"{measure}_reward_statistics"] = dict(zip(queries, map(dict, ranked), strict=True))
+            ranked = self.retriever.rank(list(queries.values()), documents, depth + ignore)
+            runs[f"{measure}_reward_statistics"] = {
+                query_id: {id_: score for id_, score in hits if not (ignore and id_ == query_id)}
+                for query_id, hits in zip(queries, ranked, strict=True)
+            }
             # Statistics of another corpus would say nothing of the words of this one.
             if self.args.refresh_statistics and collection.name == self.train_collection.name:
                 self.retriever.load_state(deployed.state())

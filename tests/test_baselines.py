@@ -235,7 +235,8 @@ def test_a_side_without_a_prompt_is_not_augmented(coaug, refused, tiny_model, be
 
 
 def test_a_policy_for_one_side_is_evaluated_on_it(tiny_model, tmp_path):
-    PolicySettings(PromptSet("sparse", "query:", None), GenerationSettings(24)).save(tmp_path)
+    # What a policy was trained on counts, not what it has prompts for.
+    PolicySettings(PromptSet("sparse", "query:", "document:"), GenerationSettings(24), augment="query").save(tmp_path)
     systems = choose_systems(BM25Retriever(), str(tiny_model), str(tmp_path))
     assert systems["trained"].sides == ("query",)
     PolicySettings(PromptSet("dense", "query:", None), GenerationSettings(24)).save(tmp_path)

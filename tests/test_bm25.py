@@ -235,6 +235,16 @@ class TestSearch:
             assert row_found[: len(expected)].tolist() == row[expected].tolist()
             assert np.all(row_found[len(expected) :] == -np.inf)
 
+    @pytest.mark.parametrize("fields", ["flat", "best"])
+    def test_encoded_documents_follow_refreshed_statistics(self, fields):
+        """Statistics change between two scores of the same encoded corpus: other frequencies, another length."""
+        retriever, other = fitted(CORPUS, fields=fields), fitted(CORPUS[:2], fields=fields)
+        encoded = retriever.encode(CORPUS)
+        before = retriever.score(QUERIES, encoded)
+        retriever.load_state(other.state())
+        np.testing.assert_array_equal(retriever.score(QUERIES, encoded), other.score(QUERIES, CORPUS))
+        assert not np.array_equal(retriever.score(QUERIES, encoded), before)
+
     def test_index_fits_the_statistics(self):
         retriever = BM25Retriever()
         retriever.index(CORPUS)
@@ -376,6 +386,15 @@ class TestSaveAndLoad:
         loaded.save(tmp_path / "copy")
         assert BM25Retriever.load(tmp_path / "copy").search(queries, k=50) == first.search(queries, k=50)
         assert not list(tmp_path.rglob(".*"))
+
+    @pytest.mark.parametrize("content", ["[]", '{"retriever": "bm25", "k1": 1.2, "b": 0.75, "unknown": 1}', '{"k'])
+    def test_settings_that_cannot_be_read_are_refused(self, content, tmp_path):
+        retriever = BM25Retriever()
+        retriever.index(CORPUS)
+        retriever.save(tmp_path)
+        (tmp_path / "retriever.json").write_text(content)
+        with pytest.raises(InputError, match="is damaged"):
+            load_retriever(tmp_path)
 
     @pytest.mark.parametrize("name", ["data.csc.index.npy", "indptr.csc.index.npy", "vocab.index.json", ""])
     def test_a_damaged_index_is_refused(self, name, tmp_path):

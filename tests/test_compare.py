@@ -450,3 +450,16 @@ def test_a_damaged_evaluation_is_refused(folders, tmp_path, name, damage, messag
     (folder / name).write_text(damage(text), encoding="utf-8")
     with pytest.raises(InputError, match=re.escape(message)):
         load_evaluation(folder)
+
+
+def test_folders_of_other_judgments_are_refused_and_other_depths_noted(tmp_path):
+    def write(name, **manifest):
+        return write_evaluation(tmp_path / name, 1.0, manifest=MANIFEST | manifest)
+
+    one = write("one", hashes={"judgments": "aaaa"}, depth=1000)
+    other = write("other", hashes={"judgments": "bbbb"}, depth=1000)
+    with pytest.raises(InputError, match="one and .*other were evaluated with different judgments"):
+        compare_folders([one, other])
+    shallow = write("shallow", hashes={"judgments": "aaaa"}, depth=5)
+    assert any("depth is 1000 in" in note and "and 5 in" in note for note in compare_folders([one, shallow]).notes)
+    assert not any("depth" in note for note in compare_folders([one, write("again", depth=1000)]).notes)

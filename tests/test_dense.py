@@ -143,6 +143,15 @@ class TestScore:
         assert np.array_equal(scores[:, :9], scores[:, 40:])
         assert np.array_equal(scores[:4], scores[4:])
 
+    def test_nearest_ranks_what_is_not_left_out(self, plain, many, monkeypatch):
+        left_out = np.random.default_rng(0).random(len(many)) < 0.5
+        queries = [*QUERIES, *QUERIES[:2], "tea"]
+        scores = np.where(left_out, -np.inf, plain.score(queries, many))
+        monkeypatch.setattr(dense, "NEAREST_CHUNK", 3 * len(many))
+        found, places = plain.nearest(queries, plain.encode(many), 5, left_out)
+        np.testing.assert_array_equal(places, np.argsort(-scores, axis=1)[:, :5])
+        np.testing.assert_allclose(found, -np.sort(-scores, axis=1)[:, :5], atol=1e-6)
+
 
 class TestPrompts:
     def test_prompts_are_used_on_their_own_side(self, plain, documents):

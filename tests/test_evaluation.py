@@ -222,6 +222,26 @@ class TestSaveEvaluation:
             total = sum(values[measure] for values in expected.values())
             assert metrics[measure] == pytest.approx(total / 21, abs=1e-9)
 
+    def test_an_evaluation_interrupted_over_another_is_no_evaluation(self, tmp_path, monkeypatch):
+        save_evaluation(tmp_path, *random_qrels_and_run(0)[::-1], MANIFEST)
+
+        def interrupt(*arguments):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("coaug_trl.evaluation.write_jsonl", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                save_evaluation(tmp_path, *random_qrels_and_run(1)[::-1], MANIFEST)
+        with pytest.raises(InputError, match="not a finished evaluation: metrics.json is missing"):
+            load_evaluation(tmp_path)
+        save_evaluation(tmp_path, *random_qrels_and_run(1)[::-1], MANIFEST)
+        assert load_evaluation(tmp_path).manifest == MANIFEST
+
+    @pytest.mark.parametrize("name", ["NumQ", "NumRel"])
+    def test_counts_of_judgments_are_no_measures_of_a_run(self, name):
+        with pytest.raises(InputError, match=f"'{name}' counts judgments and measures no run"):
+            parse_measures([name])
+
     def test_other_measures_are_saved_and_read(self, tmp_path):
         qrels, run = random_qrels_and_run(6)
         metrics = save_evaluation(tmp_path, run, qrels, MANIFEST, ["P@5", "Success@1"])

@@ -567,3 +567,37 @@ def test_the_corpus_is_the_same_whoever_encodes_it(collection):
     np.testing.assert_array_equal(
         retriever.score(queries, whole.take(places)), retriever.score(queries, whole)[:, places]
     )
+
+
+@pytest.mark.parametrize("pool", ["group", "batch", "corpus"])
+def test_a_query_that_is_a_document_need_not_compete_with_itself(collection, tmp_path, pool):
+    """As in ArguAna: the corpus has each query as a document, which would rank first for it."""
+    query = collection.queries["train-statins"]
+    itself = Document("train-statins", "", query)
+    arguana = replace(collection, corpus=collection.corpus | {itself.id: itself})
+    group = Group(0, ("train-statins",), ("statins-0", "statins-1", "train-statins"), 2)
+    rows = make_rows([group])
+    rewards = {}
+    for ignore in (False, True):
+        args = settings(tmp_path, candidate_pool=pool, ignore_identical_ids=ignore, ndcg_k=10)
+        corpus = Corpus(list(arguana.corpus.values()), fitted(arguana), 0) if pool == "corpus" else None
+        rewards[ignore] = call(JointReward(arguana, fitted(arguana), PROMPT_SET, args, corpus), rows, [""] * 12)
+    without = Group(0, ("train-statins",), ("statins-0", "statins-1"), 2)
+    args = settings(tmp_path, candidate_pool=pool, ndcg_k=10)
+    corpus = Corpus(list(collection.corpus.values()), fitted(arguana), 0) if pool == "corpus" else None
+    expected = call(JointReward(collection, fitted(arguana), PROMPT_SET, args, corpus), make_rows([without]), [""] * 9)
+    assert rewards[True][0] == pytest.approx(expected[0])
+    assert rewards[False][0] < rewards[True][0] - 0.1
+
+
+def test_a_query_outside_the_batch_need_not_compete_with_itself_either(collection, tmp_path):
+    itself = Document("train-statins", "", collection.queries["train-statins"])
+    documents = [*collection.corpus.values(), itself]
+    arguana = replace(collection, corpus={document.id: document for document in documents})
+    rows = make_rows([Group(0, ("train-statins",), ("statins-0", "statins-1", "salt-2"), 2)])
+    rewards = []
+    for ignore, texts in ((False, documents), (True, documents), (False, documents[:-1])):
+        args = settings(tmp_path, candidate_pool="corpus", ignore_identical_ids=ignore)
+        corpus = Corpus(texts, fitted(arguana), 0)
+        rewards.append(call(JointReward(arguana, fitted(arguana), PROMPT_SET, args, corpus), rows, [""] * 12)[0])
+    assert rewards[0] < rewards[1] == pytest.approx(rewards[2])

@@ -77,6 +77,7 @@ def test_a_query_without_judgments_is_not_judged(metric):
     predictions, references = entries({"a": {"d": 1}, "b": {}}, {"a": {"d": 1.0}, "b": {"d": 1.0}})
     result = metric.compute(predictions=predictions, references=references, measures=["AP"])
     assert result == {"AP": 1.0, "num_queries": 1, "num_queries_without_hits": 0}
+    assert metric.compute(predictions=predictions, references=references, measures="AP") == result
 
 
 def test_results_are_saved_by_evaluate(metric, qrels_and_run, tmp_path):

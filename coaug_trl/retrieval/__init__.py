@@ -57,7 +57,7 @@ def load_retriever(folder: str | Path) -> Retriever:
         return _class_of(read_config(folder)["retriever"]).load(folder)
     except InputError:
         raise
-    except (OSError, EOFError, KeyError, ValueError) as error:
+    except (OSError, EOFError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder}: the index is damaged ({error}); index the collection again.") from None
 
 

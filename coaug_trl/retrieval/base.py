@@ -3,6 +3,7 @@
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
@@ -114,15 +115,9 @@ class Retriever(ABC):
             `tuple[np.ndarray, np.ndarray]`: scores and places of the documents, both of shape (queries, k), best
             first; −inf and 0 fill up where fewer are retrieved.
         """
-        scores, places = np.full((len(queries), k), -np.inf), np.zeros((len(queries), k), dtype=np.int64)
-        chunk = max(1, SCORE_CHUNK // max(1, len(documents)))
-        for first in range(0, len(queries), chunk):
-            found = self.score(queries[first : first + chunk], documents)
-            found[:, left_out] = -np.inf
-            for row, row_scores in enumerate(found, start=first):
-                best = best_places(row_scores, k)
-                scores[row, : len(best)], places[row, : len(best)] = row_scores[best], best
-        return scores, places
+        size = max(1, SCORE_CHUNK // max(1, len(documents)))
+        parts = (self.score(queries[first : first + size], documents) for first in range(0, len(queries), size))
+        return select_nearest(parts, k, left_out)
 
     def rank(self, queries: list[str], documents: list[Document], k: int) -> list[list[tuple[str, float]]]:
         """
@@ -163,6 +158,19 @@ class Retriever(ABC):
     @abstractmethod
     def load(cls, folder: str | Path) -> Self:
         """Reads a retriever that [`save`] wrote, with the settings it was saved with (see [`config`])."""
+
+
+def select_nearest(parts: Iterable[np.ndarray], k: int, left_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What [`Retriever.nearest`] returns, from the scores of some queries after the other."""
+    scores, places = [], []
+    for part in parts:
+        part[:, left_out] = -np.inf
+        for row in part:
+            best = best_places(row, k)
+            missing = k - len(best)
+            scores.append(np.pad(row[best].astype(float), (0, missing), constant_values=-np.inf))
+            places.append(np.pad(best, (0, missing)))
+    return np.array(scores).reshape(-1, k), np.array(places, dtype=np.int64).reshape(-1, k)
 
 
 def best_places(scores: np.ndarray, k: int, above: float = -np.inf) -> np.ndarray:

@@ -220,7 +220,7 @@ class JointReward:
 
     def _group_rewards(self, groups: list[Group], keys: list[tuple], answers: list[str], step: int) -> dict:
         own = self._compose(groups, keys, answers)
-        scores = self.retriever.score(own.queries, own.documents)
+        scores = self._mask(own.rows, self.retriever.score(own.queries, own.documents), own.columns)
         rewards = {}
         for group in dict.fromkeys(groups):
             rows = [place for place, (position, *_) in enumerate(own.rows) if position == group.position]
@@ -255,17 +255,29 @@ class JointReward:
     def _score(
         self, own: Rollouts, pool: Pool, documents: EncodedDocuments, step: int
     ) -> tuple[dict[tuple, float], np.ndarray, np.ndarray]:
-        scores = self.retriever.score(own.queries, documents)
+        scores = self._mask(own.rows, self.retriever.score(own.queries, documents), pool.columns)
         if self.corpus is None:
             return self._expect(own.rows, scores, pool, step)
         left_out = np.zeros(len(self.corpus.documents), dtype=bool)
         places = np.array([self.corpus.place[id_] for id_ in pool.document_ids])
         left_out[places] = True
         # Of the documents outside the batch only the best k can take a place that counts, or make others lose one.
-        others = self.retriever.nearest(own.queries, self.corpus.documents, self.args.ndcg_k, left_out)
-        scores = _rank_together(scores, places[pool.rollout_document], *others)
-        other_ids = [[self.corpus.document_ids[place] for place in row] for row in others[1]]
+        k = self.args.ndcg_k + self.args.ignore_identical_ids
+        other_scores, other_places = self.retriever.nearest(own.queries, self.corpus.documents, k, left_out)
+        other_ids = [[self.corpus.document_ids[place] for place in row] for row in other_places]
+        if self.args.ignore_identical_ids:
+            query_ids = np.array([[query_id] for _, query_id, _ in own.rows], dtype=object)
+            other_scores[np.array(other_ids, dtype=object) == query_ids] = -np.inf
+        scores = _rank_together(scores, places[pool.rollout_document], other_scores, other_places)
         return self._expect(own.rows, scores, pool, step, other_ids)
+
+    def _mask(self, rows: list[tuple[int, str, int]], scores: np.ndarray, columns: list[Column]) -> np.ndarray:
+        """Takes the documents that are a query itself out of its ranking, if asked to."""
+        if self.args.ignore_identical_ids:
+            query_ids = np.array([[query_id] for _, query_id, _ in rows], dtype=object)
+            document_ids = np.array([document_id for _, document_id, _ in columns], dtype=object)
+            scores[document_ids == query_ids] = -np.inf
+        return scores
 
     def _expect(
         self,

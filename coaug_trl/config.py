@@ -70,6 +70,10 @@ class CoAugConfig(GRPOConfig):
         refresh_statistics (`bool`, *optional*, defaults to `True`):
             Whether each dev evaluation replaces the retriever's statistics used in the reward by those of the corpus
             as augmented then. `False` keeps those of the original corpus (the published code).
+        running_statistics (`bool`, *optional*, defaults to `False`):
+            Whether the retriever's statistics used in the reward follow the corpus as it is augmented, by a running
+            estimate from the rollouts of every batch, rather than at dev evaluations. BM25, with `candidate_pool`
+            `"batch"` or `"corpus"`.
         eval_corpus_size (`int`, *optional*):
             Dev evaluation ranks so many documents, those judged for a dev query and a seeded draw of others, instead
             of the full corpus.
@@ -165,6 +169,10 @@ class CoAugConfig(GRPOConfig):
         default=True,
         metadata={"help": "Whether dev evaluations refresh the retriever statistics that the reward uses."},
     )
+    running_statistics: bool = field(
+        default=False,
+        metadata={"help": "Whether retriever statistics of the reward follow the rollouts of every batch."},
+    )
     eval_corpus_size: int | None = field(
         default=None, metadata={"help": "Documents ranked in dev evaluation, judged ones always kept; default: all."}
     )
@@ -242,6 +250,11 @@ class CoAugConfig(GRPOConfig):
                 f"augmentations is {self.augmentations!r} with candidate_pool={self.candidate_pool!r} and "
                 f"augment={self.augment!r}: it is for documents outside the batch, where documents are augmented; "
                 "leave it out, or set candidate_pool to 'corpus' and augment to 'both' or 'document'."
+            )
+        if self.running_statistics and self.candidate_pool == "group":
+            raise ValueError(
+                "running_statistics is True with candidate_pool='group', where no process has the documents of the "
+                "whole batch; set candidate_pool to 'batch' or 'corpus', or leave running_statistics out."
             )
         if self.reward_estimator == "sampled" and self.num_reward_samples < 1:
             raise ValueError(f"num_reward_samples is {self.num_reward_samples}; use at least 1, such as 512.")

@@ -384,7 +384,8 @@ class CoAugTrainer(GRPOTrainer):
                 for query_id, hits in zip(queries, ranked, strict=True)
             }
             # Statistics of another corpus would say nothing of the words of this one.
-            if self.args.refresh_statistics and collection.name == self.train_collection.name:
+            refresh = self.args.refresh_statistics and not self.args.running_statistics
+            if refresh and collection.name == self.train_collection.name:
                 self.retriever.load_state(deployed.state())
 
         metrics = {

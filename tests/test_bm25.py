@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import bm25s
@@ -234,6 +235,41 @@ class TestSearch:
             assert row_places[: len(expected)].tolist() == expected
             assert row_found[: len(expected)].tolist() == row[expected].tolist()
             assert np.all(row_found[len(expected) :] == -np.inf)
+
+    @pytest.mark.parametrize("fields", ["flat", "best"])
+    def test_followed_statistics_become_those_of_the_augmented_corpus(self, fields):
+        """With the whole corpus in every batch, and two equal rollouts of each document."""
+        augmented = [
+            Document(each.id, f"{each.title} extra{i % 3}", f"{each.text}\ncod sugar word{i}")
+            for i, each in enumerate(CORPUS)
+        ]
+        retriever, expected = fitted(CORPUS, fields=fields), fitted(augmented, fields=fields)
+        originals, rollouts = (retriever.encode([*documents]) for documents in (CORPUS, augmented))
+        places = np.repeat(np.arange(len(CORPUS)), 2)
+        queries = [*QUERIES, "extra1 word2 sugar"]
+        before = retriever.score(queries, augmented)
+        retriever.follow(originals, rollouts.take(places), places)
+        one_step = retriever.state()["fields"][-1]
+        assert one_step["added_shares"]["word0"] == pytest.approx(bm25.FOLLOW_RATE / len(CORPUS))
+        for _ in range(600):
+            retriever.follow(originals, rollouts.take(places), places)
+        np.testing.assert_allclose(retriever.score(queries, augmented), expected.score(queries, augmented), rtol=1e-9)
+        assert not np.allclose(before, expected.score(queries, augmented))
+        # and back again, once nothing is added any more
+        for _ in range(600):
+            retriever.follow(originals, originals.take(places), places)
+        np.testing.assert_allclose(retriever.score(queries, augmented), before, rtol=1e-9)
+        assert not any(statistics["added_shares"] for statistics in retriever.state()["fields"])
+
+    def test_followed_statistics_count_each_rollout_of_a_document_alike(self):
+        retriever = fitted(CORPUS)
+        originals = retriever.encode(CORPUS[:2])
+        first, second = CORPUS[:2]
+        texts = [first, replace(first, text=f"{first.text} new"), replace(second, text=f"{second.text} new new")]
+        retriever.follow(originals, retriever.encode(texts), np.array([0, 0, 1]))
+        statistics = retriever.state()["fields"][0]
+        assert statistics["added_shares"] == {"new": pytest.approx(bm25.FOLLOW_RATE * (0.5 + 1) / 2)}
+        assert statistics["added_length"] == pytest.approx(bm25.FOLLOW_RATE * (0.5 + 2) / 2)
 
     @pytest.mark.parametrize("fields", ["flat", "best"])
     def test_encoded_documents_follow_refreshed_statistics(self, fields):

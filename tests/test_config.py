@@ -257,6 +257,11 @@ def test_processes_that_cannot_share_the_groups_evenly_are_told_what_they_could(
             {"hard_negative_ranks": [10, 100]},
         ),
         (
+            {"running_statistics": True, "candidate_pool": "group"},
+            "running_statistics is True with candidate_pool='group'",
+            {"running_statistics": True, "candidate_pool": "corpus"},
+        ),
+        (
             {"hard_negative_ranks": [1.0, 10]},
             "hard_negative_ranks is [1.0, 10]; use a first and a last rank, counted from 1",
             {"hard_negative_ranks": [1, 10]},

@@ -601,3 +601,29 @@ def test_a_query_outside_the_batch_need_not_compete_with_itself_either(collectio
         corpus = Corpus(texts, fitted(arguana), 0)
         rewards.append(call(JointReward(arguana, fitted(arguana), PROMPT_SET, args, corpus), rows, [""] * 12)[0])
     assert rewards[0] < rewards[1] == pytest.approx(rewards[2])
+
+
+@pytest.mark.parametrize("pool", ["batch", "corpus"])
+def test_statistics_follow_the_rollouts_from_batch_to_batch(collection, tmp_path, pool):
+    """A word that every rollout adds is worth less in the next batch, for all documents with the same statistics."""
+    args = settings(tmp_path, candidate_pool=pool, running_statistics=True)
+    retriever = fitted(collection)
+    corpus = Corpus(list(collection.corpus.values()), retriever, 0) if pool == "corpus" else None
+    reward = JointReward(collection, retriever, PROMPT_SET, args, corpus)
+    rows = make_rows(GROUPS)
+    answers = ["common" if text_type != "query" else "" for _, text_type, _ in rows]
+
+    def worth() -> float:
+        return retriever.score(["common"], [Document("d", "", "common")])[0, 0]
+
+    frozen = JointReward(collection, fitted(collection), PROMPT_SET, settings(tmp_path, candidate_pool=pool), corpus)
+    worths = [worth()]
+    for step in range(3):
+        rewards = call(reward, rows, answers, step)
+        if step == 0:
+            np.testing.assert_array_equal(rewards, call(frozen, rows, answers, step))
+        worths.append(worth())
+    assert worths == sorted(worths, reverse=True) and len(set(worths)) == 4
+    # every document of the batch got the word: a step moves the estimate by a twentieth of all documents
+    shares = retriever.state()["fields"][0]["added_shares"]
+    assert shares == {"common": pytest.approx(1 - 0.95**3)}

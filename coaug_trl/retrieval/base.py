@@ -95,6 +95,21 @@ class Retriever(ABC):
             `np.ndarray`: shape (queries, documents), floating point; higher is better, −inf is "not retrieved".
         """
 
+    def follow(self, originals: EncodedDocuments, rollouts: EncodedDocuments, rollout_document: np.ndarray) -> None:
+        """
+        Moves the corpus statistics towards those of the corpus as it is augmented now; a retriever without any does
+        nothing.
+
+        Args:
+            originals ([`EncodedDocuments`]):
+                The `D` documents of a batch as they are in the collection.
+            rollouts ([`EncodedDocuments`]):
+                Their `C` rollouts.
+            rollout_document (`np.ndarray` of shape `(C,)`):
+                Index of each rollout's document.
+        """
+        return None
+
     def nearest(
         self, queries: list[str], documents: EncodedDocuments, k: int, left_out: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -31,16 +31,37 @@ FIELDS = {
 }
 TIE_BREAKER = 0.5
 
+# The running estimate of [`BM25Retriever.follow`]: how far a batch moves it, which makes it one of the last 20 batches
+# or so; and what counts as no document, so that it does not grow by every word ever tried.
+FOLLOW_RATE = 0.05
+LEAST_DOCUMENTS = 0.01
+
 QUERIES_PER_TASK = 16  # what a thread is given at a time
 
 
 @dataclass(frozen=True)
 class FieldStatistics:
-    """What BM25 knows of a corpus, for one field."""
+    """
+    What BM25 knows of a corpus, for one field.
+
+    Args:
+        num_documents (`int`):
+            Documents of the corpus.
+        average_length (`float`):
+            Mean number of terms in a document.
+        document_frequencies (`dict[str, int]`):
+            How many documents have a term.
+        added_shares (`dict[str, float]`, *optional*):
+            Share of the documents that have a term by augmentation alone, as estimated by [`follow`].
+        added_length (`float`, *optional*, defaults to `0.0`):
+            Mean number of terms that augmentation adds, likewise.
+    """
 
     num_documents: int
     average_length: float
     document_frequencies: dict[str, int]
+    added_shares: dict[str, float] = field(default_factory=dict)
+    added_length: float = 0.0
 
     @classmethod
     def count(cls, tokens: Tokenized) -> Self:
@@ -61,10 +82,32 @@ class FieldStatistics:
             document_frequencies={term: frequencies[i] for term, i in field_index.vocab_dict.items()},
         )
 
+    @property
+    def length(self) -> float:
+        """Mean number of terms in a document, with what augmentation adds."""
+        return self.average_length + self.added_length
+
     def idf(self, terms: list[str]) -> np.ndarray:
         """Lucene's IDF; a term no document has is worth as much as one that a single document has."""
-        frequencies = np.array([self.document_frequencies.get(term, 1) for term in terms], dtype=float)
+        frequencies = [
+            self.document_frequencies.get(term, 0) + self.num_documents * self.added_shares.get(term, 0.0)
+            for term in terms
+        ]
+        frequencies = np.clip(np.array(frequencies, dtype=float), 1.0, self.num_documents)
         return np.log1p((self.num_documents - frequencies + 0.5) / (frequencies + 0.5))
+
+    def follow(self, originals: "FieldCounts", rollouts: "FieldCounts", probabilities: np.ndarray) -> Self:
+        """One step of the running estimate; see [`BM25Retriever.follow`]."""
+        before, before_length = originals.expect(np.full(originals.counts.shape[0], 1 / originals.counts.shape[0]))
+        after, after_length = rollouts.expect(probabilities)
+        added_shares = {}
+        for term in self.added_shares | after:
+            added = after.get(term, 0.0) - before.get(term, 0.0)
+            share = (1 - FOLLOW_RATE) * self.added_shares.get(term, 0.0) + FOLLOW_RATE * added
+            if share * self.num_documents >= LEAST_DOCUMENTS:
+                added_shares[term] = share
+        added_length = (1 - FOLLOW_RATE) * self.added_length + FOLLOW_RATE * (after_length - before_length)
+        return replace(self, added_shares=added_shares, added_length=added_length)
 
 
 @dataclass
@@ -81,22 +124,35 @@ class FieldCounts:
 
     vocabulary: dict[str, int]
     counts: sparse.csr_array
-    # The last result of [`saturate`] and what it was made with: a corpus is saturated once for many batches.
+    # What [`saturate`] made last and from what: a corpus is saturated for many batches.
+    _inverted: sparse.csr_array | None = field(default=None, init=False, repr=False)
     _saturated: tuple[tuple, sparse.csr_array] | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def count(cls, tokens: Tokenized) -> Self:
         return cls(dict(tokens.vocab), _count_terms(tokens.ids, len(tokens.vocab)))
 
+    def expect(self, probabilities: np.ndarray) -> tuple[dict[str, float], float]:
+        """For a document drawn with these probabilities: that it has a term, by term, and its expected length."""
+        probabilities_of_entries = np.repeat(probabilities, np.diff(self.counts.indptr))
+        shares = np.bincount(self.counts.indices, probabilities_of_entries, minlength=len(self.vocabulary)).tolist()
+        shares = {term: shares[column] for term, column in self.vocabulary.items() if shares[column]}
+        return shares, float(self.counts.sum(axis=1) @ probabilities)
+
     def saturate(self, k1: float, b: float, statistics: FieldStatistics) -> sparse.csr_array:
         """tf / (tf + k1 · (1 − b + b · length / average length)), shape (terms, documents)."""
-        made_with = (k1, b, statistics.average_length)
+        made_with = (k1, b, statistics.length)
         if self._saturated is None or self._saturated[0] != made_with:
+            if self._inverted is None:
+                self._inverted = self.counts.T.tocsr()
             # Where no document of the corpus has a word in this field there is no average to divide by.
-            norms = k1 * (1 - b + b * self.counts.sum(axis=1) / (statistics.average_length or 1.0))
-            saturated = self.counts.copy()
-            saturated.data /= saturated.data + np.repeat(norms, np.diff(saturated.indptr))
-            self._saturated = made_with, saturated.T.tocsr()
+            norms = k1 * (1 - b + b * self.counts.sum(axis=1) / (statistics.length or 1.0))
+            counts = self._inverted.data
+            saturated = counts / (counts + norms[self._inverted.indices])
+            matrix = sparse.csr_array(
+                (saturated, self._inverted.indices, self._inverted.indptr), shape=self._inverted.shape
+            )
+            self._saturated = made_with, matrix
         return self._saturated[1]
 
 
@@ -200,6 +256,29 @@ class BM25Retriever(Retriever):
         if state["config"] != self.config:
             raise InputError(f"The saved BM25 statistics are those of {state['config']}, not of {self.config}.")
         self._statistics = [FieldStatistics(**statistics) for statistics in state["fields"]]
+
+    def follow(self, originals: "TermCounts", rollouts: "TermCounts", rollout_document: np.ndarray) -> None:
+        """
+        Moves the statistics towards those of the corpus as it is augmented now.
+
+        The documents of a batch are taken for a sample of the corpus: the share of them that a term joins by
+        augmentation, each rollout of a document counting alike, is averaged over batches (exponentially, with a weight
+        of 0.05 for the last), and as many documents are added to the term's frequency in the fitted corpus. The
+        average length follows in the same way.
+
+        Args:
+            originals ([`TermCounts`]):
+                The `D` documents as they are in the collection.
+            rollouts ([`TermCounts`]):
+                Their `C` rollouts.
+            rollout_document (`np.ndarray` of shape `(C,)`):
+                Index of each rollout's document.
+        """
+        probabilities = 1 / (np.bincount(rollout_document)[rollout_document] * len(originals))
+        self._statistics = [
+            statistics.follow(original, rollout, probabilities)
+            for statistics, original, rollout in zip(self._statistics, originals.fields, rollouts.fields, strict=True)
+        ]
 
     def encode(self, documents: list[Document], keep: bool = False) -> "TermCounts":
         """Counts the terms of each field; there is no cache to keep them in."""

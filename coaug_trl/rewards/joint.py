@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,12 +38,18 @@ class Rollouts:
             Group position, document id and rollout of each document rollout.
         documents ([`~coaug_trl.retrieval.base.EncodedDocuments`]):
             The document rollouts as the retriever reads them.
+        originals ([`~coaug_trl.retrieval.base.EncodedDocuments`], *optional*):
+            The documents without augmentation, each once, where the retriever's statistics follow the rollouts.
+        original_ids (`list[str]`, *optional*):
+            Their ids.
     """
 
     rows: list[tuple[int, str, int]]
     queries: list[str]
     columns: list[Column]
     documents: EncodedDocuments
+    originals: EncodedDocuments | None = None
+    original_ids: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -216,7 +222,12 @@ class JointReward:
                 for i, answer in enumerate(answers_of.get((group.position, "document", id_), [""])):
                     columns.append((group.position, id_, i))
                     documents.append(compose_document(self.collection.corpus[id_], answer, field))
-        return Rollouts(rows, queries, columns, self.retriever.encode(documents))
+        rollouts = Rollouts(rows, queries, columns, self.retriever.encode(documents))
+        if self.args.running_statistics:
+            rollouts.original_ids = list(dict.fromkeys(document_id for _, document_id, _ in columns))
+            originals = [self.collection.corpus[id_] for id_ in rollouts.original_ids]
+            rollouts.originals = self.retriever.encode(originals)
+        return rollouts
 
     def _group_rewards(self, groups: list[Group], keys: list[tuple], answers: list[str], step: int) -> dict:
         own = self._compose(groups, keys, answers)
@@ -243,6 +254,12 @@ class JointReward:
         numerator = sum(numerator for _, numerator, _ in expected)
         weight = sum(weight for _, _, weight in expected)
         document_rewards = divide_document_rewards(numerator, weight, pool.rollout_document)
+        if self.args.running_statistics:
+            ids = [id_ for process in processes for id_ in process.original_ids]
+            place = {id_: place for place, id_ in enumerate(ids)}
+            originals = own.originals.concatenate([process.originals for process in processes])
+            originals = originals.take(np.array([place[id_] for id_ in pool.document_ids]))
+            self.retriever.follow(originals, documents, pool.rollout_document)
         return _by_key(query_rewards, pool, document_rewards)
 
     def _merge(self, columns: list[Column], order: Callable[[list[str]], list[str]]) -> Pool:

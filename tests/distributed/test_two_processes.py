@@ -178,7 +178,12 @@ def test_all_parameters_change_and_stay_equal(two, output_dir, name):
 def test_a_resumed_run_ends_with_the_same_weights_and_groups(two, name, steps):
     for results in two:
         assert min(results[name]["gradients"]) > 0
-        assert results[name]["resumed"] == {str(step): [True, True] for step in steps}
+        assert results[name]["resumed"] == {str(step): [True, True, True] for step in steps}
+
+
+def test_the_statistics_that_follow_the_rollouts_are_the_same_on_both(two):
+    assert two[0]["iterations"]["added"] == two[1]["iterations"]["added"] != [{}]
+    assert two[0]["training"]["added"] == [{}]
 
 
 def test_cut_documents_are_counted_over_both_processes(two):

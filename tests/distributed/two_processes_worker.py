@@ -123,11 +123,16 @@ def train_and_resume(given, output_dir, steps, **changes) -> dict:
         again = build(given, output_dir / f"from-{step}", **given["resume"], **changes)
         again.train(resume_from_checkpoint=str(output_dir / "whole" / f"checkpoint-{step}"))
         first = len(trainer.groups) - len(again.groups)
-        resumed[step] = [equal(weights(again), after), again.groups == trainer.groups[first:]]
+        resumed[step] = [
+            equal(weights(again), after),
+            again.groups == trainer.groups[first:],
+            again.retriever.state() == trainer.retriever.state(),
+        ]
     unchanged = [name for name in before if torch.equal(before[name], after[name])]
     gradients = [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log]
     return {
         "unchanged": unchanged,
+        "added": [statistics["added_shares"] for statistics in trainer.retriever.state()["fields"]],
         "gradients": gradients,
         "groups": trainer.groups,
         "advantages": trainer.advantages,
@@ -163,7 +168,13 @@ def main():
         "evaluation": evaluate(given, output_dir / "evaluation"),
         "training": train_and_resume(given, output_dir / "training", [2, 3, 5, 6], max_steps=7, max_document_tokens=5),
         "iterations": train_and_resume(
-            given, output_dir / "iterations", [1, 3], max_steps=5, num_iterations=2, updates_per_batch=2
+            given,
+            output_dir / "iterations",
+            [1, 3],
+            max_steps=5,
+            num_iterations=2,
+            updates_per_batch=2,
+            running_statistics=True,
         ),
     }
     results["lines"] = lines

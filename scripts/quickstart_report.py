@@ -108,13 +108,14 @@ def print_examples(console: Console, collection: Collection, folder: Path, befor
     console.print("\nThe test queries that gained most; words that query and document share are in capitals:")
     for query_id in gains[:count]:
         document_id = collection.relevant_documents(query_id)[0]
+        query, document = collection.queries[query_id], collection.corpus[document_id].text
         console.print(f"\n{MEASURE} {before[query_id]:.2f} → {after[query_id]:.2f}")
-        console.print(f"  query      {collection.queries[query_id]}")
-        console.print(f"  document   {collection.corpus[document_id].text}")
+        console.print(f"  query      {query}")
+        console.print(f"  document   {document}")
         for label, augmented in (("untrained", untrained), ("trained", trained)):
             query_words = augmented.answers["query"][query_id].split()
             document_words = augmented.answers["document"][document_id].split()
-            shared = set(query_words) & set(document_words)
+            shared = {*query.split(), *query_words} & {*document.split(), *document_words}
             for side, words in (("query", query_words), ("document", document_words)):
                 marked = " ".join(word.upper() if word in shared else word for word in dict.fromkeys(words))
                 console.print(f"  {label:>9}  {side:>8} + {marked}", style="bold" if label == "trained" else None)

@@ -12,7 +12,7 @@ from .prompts import PROMPT_SET_FILE, PromptSet
 
 
 POLICY_FILE = "coaug.json"
-_PACKAGES = ("coaug-trl", "trl", "transformers", "torch", "bm25s", "ir-measures")
+_PACKAGES = ("coaug-trl", "trl", "transformers", "peft", "torch", "bm25s", "sentence-transformers", "ir-measures")
 
 
 @dataclass(frozen=True)

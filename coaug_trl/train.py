@@ -133,6 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
         trainer.save_metrics("eval", metrics)
     if training_args.push_to_hub:
         trainer.push_to_hub()
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # processes that leave without it may abort when all is done
 
 

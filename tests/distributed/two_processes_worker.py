@@ -6,6 +6,7 @@ accelerate launch --config_file recipes/accelerate_configs/cpu-2.yaml two_proces
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -180,7 +181,9 @@ def main():
     results["lines"] = lines
     results["failures"] = failures(given, output_dir / "failures")
     (output_dir / f"results_{state.process_index}.json").write_text(json.dumps(results))
+    state.wait_for_everyone()
     state.destroy_process_group()
+    os._exit(0)  # gloo's threads abort an interpreter that takes itself down now and then, when all is done
 
 
 if __name__ == "__main__":

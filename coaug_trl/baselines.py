@@ -128,9 +128,11 @@ def run_baselines(
         model (`str`, *optional*):
             Folder or Hub id of the language model that all prompts are given to.
         policy (`str`, *optional*):
-            Folder of a policy trained here, for the system `trained`.
+            Folder of a policy trained here, for the system `trained`. The untrained model is then given the policy's
+            prompts, so that training is all they differ in.
         generation ([`~coaug_trl.policy.GenerationSettings`], *optional*):
-            Generation settings of the model; the policy has its own.
+            Generation settings of the model; the policy has its own, which the untrained systems share if none are
+            given.
         batch_size (`int`, *optional*, defaults to `32`):
             Texts generated for at once.
         revision (`str`, *optional*):
@@ -263,12 +265,15 @@ def augment_systems(
             sides = wanted.setdefault(system.augmentations, [])
             sides += [side for side in system.sides if side not in sides]
     trained_sides = wanted.pop("trained", None)
+    trained = _settings_of(policy) if policy else None
     if wanted:
         loaded = Augmenter.from_pretrained(
             model, PromptSet.default(kind), generation, batch_size=batch_size, revision=revision
         )
         for name, sides in wanted.items():
             settings = PolicySettings(prompt_set_of(name, kind), loaded.settings.generation)
+            if name == "untrained" and trained and trained.prompt_set.sides == SIDES:
+                settings = PolicySettings(trained.prompt_set, generation or trained.generation)
             augmenter = Augmenter(
                 loaded.model, loaded.tokenizer, settings, batch_size, name=loaded.name, revision=loaded.revision
             )

@@ -119,8 +119,8 @@ def _parser() -> argparse.ArgumentParser:
         help="evaluate and compare the field's expansion methods with one model",
         description="Evaluates expansion methods with one language model, and RM3, on the same collection with the "
         "same retriever, and tests them against each other. Systems: none, untrained-query, untrained-document, "
-        "untrained-both (the package's prompts), query2doc, hyde (dense only), pseudo-document, doc2query, rm3 (BM25 "
-        "only), trained (with --policy). The same command goes on after an interruption.",
+        "untrained-both (the policy's prompts, else the package's), query2doc, hyde (dense only), pseudo-document, "
+        "doc2query, rm3 (BM25 only), trained (with --policy). The same command goes on after an interruption.",
     )
     _add_collection(baselines, "test")
     baselines.add_argument("--model", help="language model of all prompts: a folder or a Hub id")

@@ -185,9 +185,10 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(
     assert not (tmp_path / "none").exists()
 
 
-def test_other_generation_settings_are_refused(refused, arguments, copied):
-    message = refused(*arguments, "--max_new_tokens", TOKENS + 1, "--output", copied)
+def test_other_generation_settings_and_prompts_are_refused(refused, arguments, policy, copied):
+    message = refused(*arguments, "--policy", policy, "--max_new_tokens", TOKENS + 1, "--output", copied)
     assert "holds augmentations with generation" in message
+    assert "holds augmentations with prompt_hash" in refused(*arguments, "--output", copied)
 
 
 def test_answers_that_are_mostly_incomplete_are_pointed_out(coaug, arguments, tmp_path):
@@ -242,6 +243,25 @@ def test_a_policy_for_one_side_is_evaluated_on_it(tiny_model, tmp_path):
     PolicySettings(PromptSet("dense", "query:", None), GenerationSettings(24)).save(tmp_path)
     with pytest.raises(InputError, match="prompts for dense retrievers"):
         choose_systems(BM25Retriever(), str(tiny_model), str(tmp_path))
+
+
+def test_the_untrained_model_is_given_the_prompts_of_the_policy(finished, policy, copied, arguments, coaug):
+    """The policy here is the untrained model itself, so that both answer alike given as many tokens."""
+
+    def manifest(name):
+        return json.loads((copied / "augmentations" / name / "manifest.json").read_text())
+
+    assert manifest("untrained")["prompt_hash"] == manifest("trained")["prompt_hash"]
+    assert manifest("untrained")["generation"] == {"max_new_tokens": TOKENS, "repetition_penalty": 1.2}
+    without_tokens = [each for each in arguments if each not in ("--max_new_tokens", TOKENS)]
+    only = ("--only", "untrained-both", "trained")
+    code, _, _ = coaug(*without_tokens, "--policy", policy, *only, "--output", copied / "same")
+    assert code == 0
+    for side in ("queries", "documents"):
+        untrained, trained = (
+            read_rows(copied / "same" / "augmentations" / name / f"{side}.jsonl") for name in ("untrained", "trained")
+        )
+        assert untrained == trained
 
 
 # Dense retrieval

@@ -338,6 +338,7 @@ class TestSearch:
         documents, queries = random_texts(400, 30, 0), random_texts(150, 8, 1)
         retriever = BM25Retriever(fields=fields)
         retriever.index([Document(f"d{i}", text[:20], text) for i, text in enumerate(documents)])
+        monkeypatch.setattr(bm25, "THREADS_FROM", 100)
         found = {}
         for threads in (1, 2, 7):
             monkeypatch.setattr(bm25, "_num_cores", lambda threads=threads: threads)

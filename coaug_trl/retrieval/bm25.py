@@ -37,6 +37,7 @@ FOLLOW_RATE = 0.05
 LEAST_DOCUMENTS = 0.01
 
 QUERIES_PER_TASK = 16  # what a thread is given at a time
+THREADS_FROM = 100_000  # documents; with fewer a query takes so little that threads cost more than they bring
 
 
 @dataclass(frozen=True)
@@ -355,8 +356,8 @@ class BM25Retriever(Retriever):
 
     def search(self, queries: list[str], k: int = 10) -> list[list[tuple[str, float]]]:
         """
-        Searches the index, with a thread on each core that the process may use when there are many queries. Memory
-        grows with threads × documents, not with queries × documents.
+        Searches the index, with a thread on each core that the process may use when queries and documents are many.
+        Memory grows with threads × documents, not with queries × documents.
 
         Args:
             queries (`list[str]`):
@@ -404,9 +405,9 @@ class BM25Retriever(Retriever):
 
         progress = {"total": len(queries), "desc": "Searching", "delay": 2, "leave": False}
         num_threads = min(_num_cores(), math.ceil(len(queries) / QUERIES_PER_TASK))
-        if num_threads <= 1:
+        if num_threads <= 1 or len(self._document_ids) < THREADS_FROM:
             return list(tqdm(map(search_one, queries), **progress))
-        # Threads are enough: NumPy releases the interpreter's lock in all that takes time.
+        # Selecting the best releases the interpreter's lock, adding up postings does not: two threads are worth 1.4.
         with ThreadPool(num_threads) as threads:
             return list(tqdm(threads.imap(search_one, queries, QUERIES_PER_TASK), **progress))
 

@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM = false
 
 help:
 	@echo "make quickstart   train a tiny policy and watch retrieval improve (about 4 minutes on 2 cores)"
-	@echo "make quickstart-dense   the same for a dense retriever"
+	@echo "make quickstart-dense   the same for a dense retriever (about 9 minutes)"
 	@echo "make test         run the tests; make test-slow runs the long ones"
 	@echo "make style        format the code; make quality checks it"
 

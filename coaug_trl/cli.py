@@ -427,7 +427,8 @@ def _baselines(options: argparse.Namespace) -> None:
     _note_depth(measures, options.k, collection)
     if comparison:
         _print_notes(comparison)
-        print(f"\n{comparison.render(options.format)}\n\n{Path(options.output) / COMPARISON_FILE}")
+        print(f"\n{comparison.render_summary(options.format)}\n")
+        print(f"all pairs, measures and examples: {Path(options.output) / COMPARISON_FILE}")
 
 
 def _compare(options: argparse.Namespace) -> None:

@@ -136,8 +136,9 @@ class Comparison:
 
     def render(self, format: str = "table") -> str:
         """
-        Writes the tables: means, pairs for each measure, and the queries that changed most by the first measure; then
-        what the first system and the last made of those queries.
+        Writes the tables: means, with three systems or more the matrix of p-values of the first measure, pairs for
+        each measure, and the queries that changed most by the first measure; then what the first system and the last
+        made of those queries.
 
         Args:
             format (`str`, *optional*, defaults to `"table"`):
@@ -146,14 +147,32 @@ class Comparison:
         Returns:
             `str`: the tables and examples, with an empty line between them.
         """
-        blocks = [FORMATS[format](table) for table in self._tables()]
+        tables = [*self._summary(), *map(self._pairs, self.values), self._changes()]
+        blocks = [FORMATS[format](table) for table in tables]
         if self.examples:
             blocks.append(
                 EXAMPLE_FORMATS[format](next(iter(self.values)), (self.names[0], self.names[-1]), self.examples)
             )
         return "\n\n".join(blocks)
 
-    def _tables(self) -> list["Table"]:
+    def render_summary(self, format: str = "table") -> str:
+        """
+        Writes the means and the matrix of p-values alone: what fits a screen with many systems.
+
+        Args:
+            format (`str`, *optional*, defaults to `"table"`):
+                As in [`render`].
+
+        Returns:
+            `str`: the two tables, with an empty line between them.
+        """
+        return "\n\n".join(FORMATS[format](table) for table in self._summary())
+
+    def _summary(self) -> list["Table"]:
+        # With two systems the one pair says it all.
+        return [self._means()] + [self._matrix(next(iter(self.values)))] * (len(self.names) > 2)
+
+    def _means(self) -> "Table":
         measures = list(self.values)
         means = {measure: [round(mean, 4) for mean in self.means(measure)] for measure in measures}
         beaten = {measure: self.beaten(measure) for measure in measures}
@@ -174,26 +193,44 @@ class Comparison:
             f"Means over {num_queries:,} queries; superscripts: systems it beats "
             f"(paired t test, Holm-corrected p < {SIGNIFICANT})"
         )
-        tables = [Table(title, ["", "system", *measures], rows, left=2)]
-        explanation = "w/t/l: wins, ties, losses of the pair's first; p before and after Holm's correction"
-        for measure in measures:
-            tables.append(
-                Table(
-                    f"{measure}: all pairs; {explanation}",
-                    ["pair", "difference", "d_z", "w/t/l", "p t", "Holm", "p Fisher", "Holm"],
-                    [_pair_row(pair) for pair in self.pairs if pair.measure == measure],
-                    left=1,
-                )
-            )
+        return Table(title, ["", "system", *measures], rows, left=2)
+
+    def _matrix(self, measure: str) -> "Table":
+        """Row against column: + where the row is better, - where it is worse, and the corrected p of the t test."""
+        cells = {}
+        for pair in self.pairs:
+            if pair.measure == measure:
+                sign = (pair.mean_difference > 0) - (pair.mean_difference < 0)
+                cells[pair.later, pair.earlier] = f"{'-=+'[sign + 1]} {_p(pair.p_t_test_holm)}"
+                cells[pair.earlier, pair.later] = f"{'+=-'[sign + 1]} {_p(pair.p_t_test_holm)}"
+        places = range(len(self.names))
+        rows = [
+            [Cell(LETTERS[row]), Cell(self.names[row])] + [Cell(cells.get((row, column), "")) for column in places]
+            for row in places
+        ]
+        title = (
+            f"{measure}: is the row better (+) or worse (-) than the column, with the Holm-corrected p of the t test"
+        )
+        return Table(title, ["", "system", *(LETTERS[place] for place in places)], rows, left=2)
+
+    def _pairs(self, measure: str) -> "Table":
+        return Table(
+            f"{measure}: all pairs; w/t/l: wins, ties, losses of the pair's first; p before and after Holm's correction",
+            ["pair", "difference", "d_z", "w/t/l", "p t", "Holm", "p Fisher", "Holm"],
+            [_pair_row(pair) for pair in self.pairs if pair.measure == measure],
+            left=1,
+        )
+
+    def _changes(self) -> "Table":
+        measure = next(iter(self.values))
         rows = [
             [Cell(query_id), Cell(f"{first:.4f}"), Cell(f"{last:.4f}"), Cell(f"{last - first:+.4f}")]
-            for query_id, first, last in self.changes(measures[0])
+            for query_id, first, last in self.changes(measure)
         ]
-        title = f"{measures[0]}: the queries that gained and lost most from {self.names[0]} to {self.names[-1]}"
+        title = f"{measure}: the queries that gained and lost most from {self.names[0]} to {self.names[-1]}"
         if not rows:
-            title = f"{measures[0]}: no query gained or lost from {self.names[0]} to {self.names[-1]}"
-        tables.append(Table(title, ["query", self.names[0], self.names[-1], "change"], rows, left=1))
-        return tables
+            title = f"{measure}: no query gained or lost from {self.names[0]} to {self.names[-1]}"
+        return Table(title, ["query", self.names[0], self.names[-1], "change"], rows, left=1)
 
 
 def compare_folders(folders: Sequence[str | Path], measures: Iterable[str] | None = None) -> Comparison:

@@ -176,9 +176,28 @@ def test_all_formats_hold_the_same_numbers(folders, comparison, compare_command)
     assert f"Means over {NUM_QUERIES} queries" in printed["table"]
 
 
+def test_the_matrix_has_every_pair_from_both_sides(comparison, folders):
+    summary = comparison.render_summary("markdown")
+    assert comparison.render("markdown").startswith(summary)
+    matrix = [line.strip("| ").split(" | ") for line in summary.split("\n\n")[-1].splitlines()[2:]]
+    cells = {
+        row[0]: dict(zip("abc", (cell.replace("\\", "").strip() for cell in row[2:]), strict=False)) for row in matrix
+    }
+    assert [row[1].strip() for row in matrix] == comparison.names
+    for pair in comparison.pairs:
+        if pair.measure == MEASURES[0]:
+            p = f"{pair.p_t_test_holm:.4f}" if pair.p_t_test_holm >= 0.0001 else "<0.0001"
+            sign = "+" if pair.mean_difference > 0 else "-"
+            later, earlier = LETTERS[pair.later], LETTERS[pair.earlier]
+            assert cells[later][earlier] == f"{sign} {p}"
+            assert cells[earlier][later] == f"{'-' if sign == '+' else '+'} {p}"
+    assert all(cells[name].get(name, "") == "" for name in "abc")
+    assert "is the row better" not in compare_folders(folders[:2]).render("table")
+
+
 def test_markdown_tables_are_whole(comparison):
     tables = [block for block in comparison.render("markdown").split("\n\n") if block.startswith("|")]
-    assert len(tables) == 1 + len(MEASURES) + 1
+    assert len(tables) == 2 + len(MEASURES) + 1
     for table in tables:
         header, rule, *rows = table.splitlines()
         assert set(rule) <= set("|-: ")
@@ -188,7 +207,7 @@ def test_markdown_tables_are_whole(comparison):
 
 def test_latex_tables_are_whole(comparison):
     latex = comparison.render("latex")
-    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 1 + len(MEASURES) + 1
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 2 + len(MEASURES) + 1
     assert latex.count("{") == latex.count("}")
     assert r"base\_line" in latex and r"50\%" in latex and "<" not in latex
     for columns, body in re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", latex, re.DOTALL):

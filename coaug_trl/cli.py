@@ -38,16 +38,16 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["train"]:  # its options are those of three dataclasses, which TRL's parser reads
         from .train import main as train
 
-        return run_command(lambda: train(arguments[1:]))
+        return run_command(lambda: train(arguments[1:]), resumes=True)
     parser = _parser()
     options, others = parser.parse_known_args(arguments)
     if others and not hasattr(options, "recipe_arguments"):
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     options.recipe_arguments = others  # fields of a recipe, for TRL's parser
-    return run_command(lambda: options.run(options))
+    return run_command(lambda: options.run(options), resumes=options.run in (_augment, _baselines))
 
 
-def run_command(command: Callable[[], None]) -> int:
+def run_command(command: Callable[[], None], resumes: bool = False) -> int:
     """Runs a command; bad input and interruption end in one line on standard error rather than a traceback."""
     try:
         command()
@@ -61,7 +61,7 @@ def run_command(command: Callable[[], None]) -> int:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from what has been saved", file=sys.stderr)
+        print("interrupted" + ": the same command goes on from what has been saved" * resumes, file=sys.stderr)
         return 130
     return 0
 

@@ -154,8 +154,10 @@ def test_interruption_says_how_to_go_on(capsys):
     def interrupted():
         raise KeyboardInterrupt
 
-    assert cli.run_command(interrupted) == 130
+    assert cli.run_command(interrupted, resumes=True) == 130
     assert capsys.readouterr().err == "interrupted: the same command goes on from what has been saved\n"
+    assert cli.run_command(interrupted) == 130  # nothing of it was saved
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_a_fault_of_the_program_is_not_dressed_up_as_bad_input():

@@ -66,17 +66,21 @@ def measure(folder: Path, repeats: int, seed: int) -> dict[str, float]:
     corpus = Corpus(documents, retriever, seed)
     encoded = time.perf_counter() - start
 
+    def measure_batch(batch: int, **settings) -> float:
+        args = CoAugConfig("unused", use_cpu=True, seed=seed, **settings)
+        used = corpus if args.candidate_pool == "corpus" else None
+        reward = JointReward(collection, retriever, PromptSet.default("sparse"), args, used)
+        columns = make_batch(collection, batch, seed)
+        start = time.perf_counter()
+        reward(**columns, trainer_state=TrainerState(global_step=batch), log_extra=lambda *column: None)
+        return time.perf_counter() - start
+
     seconds = {"batch": [], "corpus": []}
     for batch in range(repeats + 1):
-        columns = make_batch(collection, batch, seed)
         for pool, measured in seconds.items():
-            args = CoAugConfig("unused", candidate_pool=pool, use_cpu=True, seed=seed)
-            reward = JointReward(
-                collection, retriever, PromptSet.default("sparse"), args, corpus if pool == "corpus" else None
-            )
-            start = time.perf_counter()
-            reward(**columns, trainer_state=TrainerState(global_step=batch), log_extra=lambda *column: None)
-            measured.append(time.perf_counter() - start)
+            measured.append(measure_batch(batch, candidate_pool=pool))
+    # By themselves, since each batch changes the statistics that the next one is scored with.
+    running = [measure_batch(batch, candidate_pool="corpus", running_statistics=True) for batch in range(repeats + 1)]
     # The first batch also prepares the corpus for the statistics, once for as long as they stay.
     first = seconds["corpus"][0]
     medians = {pool: median(measured[1:]) for pool, measured in seconds.items()}
@@ -87,6 +91,7 @@ def measure(folder: Path, repeats: int, seed: int) -> dict[str, float]:
         "seconds_batch_pool": round(medians["batch"], 3),
         "seconds_corpus_pool": round(medians["corpus"], 3),
         "ratio": round(medians["corpus"] / medians["batch"], 2),
+        "seconds_corpus_pool_running_statistics": round(median(running[1:]), 3),
         "peak_memory_gb_before": before,
         "peak_memory_gb": peak_memory(),
     }

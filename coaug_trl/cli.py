@@ -247,6 +247,8 @@ def _index(options: argparse.Namespace) -> None:
 
 
 def _search(options: argparse.Namespace) -> None:
+    from .retrieval.base import check_depth
+
     for query in options.queries:
         if not query.strip():
             raise InputError("A query is empty; write what to search for.")
@@ -254,7 +256,7 @@ def _search(options: argparse.Namespace) -> None:
             query.encode()
         except UnicodeEncodeError:  # how Python reads arguments that are not UTF-8
             raise InputError(f"The query {query!r} is not UTF-8; check the encoding of the terminal.") from None
-    _check_depth(options.k)
+    check_depth(options.k)
     from .search import SearchIndex
 
     index = SearchIndex.load(options.index)
@@ -292,9 +294,10 @@ def _evaluate(options: argparse.Namespace) -> None:
         retrieve,
         save_evaluation,
     )
+    from .retrieval.base import check_depth
 
     measures = parse_measures(options.measures or MEASURES)
-    _check_depth(options.k)
+    check_depth(options.k)
     collection = Collection.load(options.collection, options.split)
     print(collection.summary())
     augmented, retriever = _augmented_and_retriever(options, collection, _sides(options.side))
@@ -312,11 +315,6 @@ def _evaluate(options: argparse.Namespace) -> None:
         f"over {metrics['num_queries']:,} judged queries, of which {metrics['num_queries_without_hits']:,} found "
         f"nothing and count 0; {options.output}"
     )
-
-
-def _check_depth(k: int) -> None:
-    if k < 1:
-        raise InputError(f"k is the number of hits wanted, at least 1, not {k}.")
 
 
 def _note_depth(measures: dict["Measure", str], k: int, collection: "Collection") -> None:
@@ -401,9 +399,10 @@ def _baselines(options: argparse.Namespace) -> None:
     from .data import Collection
     from .evaluation import MEASURES, parse_measures
     from .policy import PolicySettings
+    from .retrieval.base import check_depth
 
     measures = parse_measures(options.measures or MEASURES)
-    _check_depth(options.k)
+    check_depth(options.k)
     generation = _generation(options)
     trained = PolicySettings.load(options.policy) if options.policy and Path(options.policy).is_dir() else None
     retriever = _retriever(options, trained.retriever if trained else {}, f"{options.policy} is a policy")

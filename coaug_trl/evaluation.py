@@ -20,12 +20,12 @@ from .errors import InputError
 from .files import atomic_open, write_json, write_jsonl
 from .policy import package_versions
 from .prompts import document_text
+from .retrieval.base import Retriever, check_depth
 
 
 if TYPE_CHECKING:
     from .augment import AugmentedCollection
     from .data import Collection, Document
-    from .retrieval.base import Retriever
 
 MEASURES = ("nDCG@10", "nDCG@100", "R@100", "RR@10", "AP")
 TEXTS_FILE = "texts.jsonl"
@@ -35,7 +35,7 @@ Run = dict[str, dict[str, float]]
 
 
 def compose(
-    collection: "Collection", augmented: "AugmentedCollection | None", retriever: "Retriever"
+    collection: "Collection", augmented: "AugmentedCollection | None", retriever: Retriever
 ) -> tuple[dict[str, str], list["Document"]]:
     """
     The texts that are searched for and indexed.
@@ -57,9 +57,7 @@ def compose(
     return augmented.queries(collection), augmented.documents(collection, retriever.answer_field)
 
 
-def retrieve(
-    retriever: "Retriever", queries: dict[str, str], k: int = 1000, ignore_identical_ids: bool = False
-) -> Run:
+def retrieve(retriever: Retriever, queries: dict[str, str], k: int = 1000, ignore_identical_ids: bool = False) -> Run:
     """
     Searches for every query.
 
@@ -82,8 +80,7 @@ def retrieve(
     Raises:
         `InputError`: `k` is less than 1.
     """
-    if k < 1:
-        raise InputError(f"k is the number of hits wanted, at least 1, not {k}.")
+    check_depth(k)
     run = {}
     found = retriever.search(list(queries.values()), k + ignore_identical_ids)
     for query_id, hits in zip(queries, found, strict=True):

@@ -200,6 +200,12 @@ def best_places(scores: np.ndarray, k: int, above: float = -np.inf) -> np.ndarra
     return places[np.argsort(-scores[places], kind="stable")][:k]
 
 
+def check_depth(k: int) -> None:
+    """Raises an `InputError` if `k` is no number of hits to search for."""
+    if k < 1:
+        raise InputError(f"k is the number of hits wanted, at least 1, not {k}.")
+
+
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The `config` that [`Retriever.save`] wrote last; an `InputError` if it did not come so far."""
     path = Path(folder) / "retriever.json"

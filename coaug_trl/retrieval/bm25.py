@@ -22,7 +22,7 @@ from ..data import Document
 from ..errors import InputError
 from ..files import write_json
 from .analyzer import Analyzer
-from .base import Retriever, best_places, read_config, unique_ids
+from .base import Retriever, best_places, check_depth, read_config, unique_ids
 
 
 FIELDS = {
@@ -393,8 +393,7 @@ class BM25Retriever(Retriever):
             `InputError`: `k` is less than 1.
             `RuntimeError`: nothing is indexed.
         """
-        if k < 1:
-            raise InputError(f"k is the number of hits wanted, at least 1, not {k}.")
+        check_depth(k)
         if not self._indexes:
             raise RuntimeError("There is nothing to search: call index(documents) or load(folder) first.")
 

@@ -18,7 +18,7 @@ from ..data import Document
 from ..errors import InputError
 from ..files import write_json
 from ..prompts import document_text
-from .base import Retriever, read_config, select_nearest, unique_ids
+from .base import Retriever, check_depth, read_config, select_nearest, unique_ids
 
 
 try:
@@ -265,8 +265,7 @@ class DenseRetriever(Retriever):
             `InputError`: `k` is less than 1.
             `RuntimeError`: nothing is indexed.
         """
-        if k < 1:
-            raise InputError(f"k is the number of hits wanted, at least 1, not {k}.")
+        check_depth(k)
         if self._index is None:
             raise RuntimeError("There is nothing to search: call index(documents) or load(folder) first.")
         index = self._gpu_index if self._gpu_index is not None and k <= MAX_GPU_HITS else self._index

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..data import Document
 from ..errors import InputError
+from .base import check_depth
 from .bm25 import FIELDS, BM25Retriever
 
 
@@ -88,8 +89,7 @@ class RM3:
             `list[list[tuple[str, float]]]`: as [`BM25Retriever.search`]. A query that finds nothing the first time
             has no hits.
         """
-        if k < 1:  # rather now than after the first search
-            raise InputError(f"k is the number of hits wanted, at least 1, not {k}.")
+        check_depth(k)  # rather now than after the first search
         return self.retriever.search_terms(self.expand(queries), k)
 
     def expand(self, queries: list[str]) -> list[dict[str, float]]:

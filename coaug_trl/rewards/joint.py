@@ -134,11 +134,12 @@ class JointReward:
         collection ([`~coaug_trl.Collection`]):
             Texts and judgments.
         retriever ([`~coaug_trl.retrieval.Retriever`]):
-            Scores queries against documents, with fixed statistics.
+            Scores queries against documents, with statistics that are fixed within a batch.
         prompt_set ([`~coaug_trl.PromptSet`]):
             Composes texts and answers.
         args ([`~coaug_trl.CoAugConfig`]):
-            `augment`, `candidate_pool`, `reward_estimator`, `num_reward_samples`, `relevant_weight`, `ndcg_k`, `seed`.
+            `augment`, `candidate_pool`, `reward_estimator`, `num_reward_samples`, `relevant_weight`, `ndcg_k`, `seed`,
+            `ignore_identical_ids`, `running_statistics`.
         corpus ([`Corpus`], *optional*):
             All documents, for `candidate_pool="corpus"`.
     """

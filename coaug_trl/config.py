@@ -1,5 +1,6 @@
 """Configuration of [`~coaug_trl.CoAugTrainer`]: `GRPOConfig` and the fields of co-augmentation."""
 
+import math
 import os
 from dataclasses import dataclass, field
 
@@ -74,9 +75,25 @@ class CoAugConfig(GRPOConfig):
             Whether the retriever's statistics used in the reward follow the corpus as it is augmented, by a running
             estimate from the rollouts of every batch, rather than at dev evaluations. BM25, with `candidate_pool`
             `"batch"` or `"corpus"`.
+        penalize_log_probs (`bool`, *optional*, defaults to `False`):
+            Whether the trainer's log-probabilities are those of the sampler's own distribution, with the repetition
+            penalty applied to tokens seen before, rather than of the temperature alone. The update is then truly
+            on-policy, and `vllm_importance_sampling_correction` may stay on.
         eval_corpus_size (`int`, *optional*):
             Dev evaluation ranks so many documents, those judged for a dev query and a seeded draw of others, instead
             of the full corpus.
+        collapse_steps (`int`, *optional*, defaults to `50`):
+            Training stops when one of the four measures of collapse has been below its threshold for so many optimizer
+            steps in succession; `0` switches this off.
+        collapse_entropy (`float`, *optional*, defaults to `0.01`):
+            Threshold of the mean entropy of the policy at a token, in nats. Thresholds of `0` or `None` are off.
+        collapse_answer_rate (`float`, *optional*, defaults to `0.02`):
+            Threshold of the share of completions with an answer, of the text type that has most.
+        collapse_distinct_words (`float`, *optional*, defaults to `0.001`):
+            Threshold of the distinct words of a generation batch's answers divided by all their words, of the text
+            type that has most.
+        collapse_completion_length (`float`, *optional*, defaults to `2.0`):
+            Threshold of the mean length of completions, in tokens.
 
     > Defaults of GRPOConfig that differ: `num_generations=5`, `temperature=1.2`, `repetition_penalty=1.2`,
     > `scale_rewards="none"` (advantages are normalised here), `vllm_importance_sampling_correction=False`,
@@ -173,8 +190,31 @@ class CoAugConfig(GRPOConfig):
         default=False,
         metadata={"help": "Whether retriever statistics of the reward follow the rollouts of every batch."},
     )
+    penalize_log_probs: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the trainer's log-probabilities apply the repetition penalty, as the sampler does."
+        },
+    )
     eval_corpus_size: int | None = field(
         default=None, metadata={"help": "Documents ranked in dev evaluation, judged ones always kept; default: all."}
+    )
+    collapse_steps: int = field(
+        default=50,
+        metadata={"help": "Training stops after so many steps below a threshold of collapse; 0 switches this off."},
+    )
+    collapse_entropy: float | None = field(
+        default=0.01, metadata={"help": "Threshold of the policy's mean entropy, in nats a token; 0 is off."}
+    )
+    collapse_answer_rate: float | None = field(
+        default=0.02, metadata={"help": "Threshold of the share of completions with an answer; 0 is off."}
+    )
+    collapse_distinct_words: float | None = field(
+        default=0.001,
+        metadata={"help": "Threshold of distinct words / words over the answers of a generation batch; 0 is off."},
+    )
+    collapse_completion_length: float | None = field(
+        default=2.0, metadata={"help": "Threshold of the mean length of completions, in tokens; 0 is off."}
     )
 
     def __post_init__(self):
@@ -262,6 +302,25 @@ class CoAugConfig(GRPOConfig):
             raise ValueError(f"relevant_weight is {self.relevant_weight}; use 0 or more, such as 10.")
         if self.eval_corpus_size is not None and self.eval_corpus_size < 1:
             raise ValueError(f"eval_corpus_size is {self.eval_corpus_size}; use at least 1, or leave it out for all.")
+        if self.collapse_steps < 0:
+            raise ValueError(f"collapse_steps is {self.collapse_steps}; use at least 1, such as 50, or 0 for none.")
+        for name, most in (
+            ("collapse_entropy", math.inf),
+            ("collapse_answer_rate", 1),
+            ("collapse_distinct_words", 1),
+            ("collapse_completion_length", math.inf),
+        ):
+            threshold = getattr(self, name)
+            if threshold is not None and not 0 <= threshold <= most:
+                legal = "0 or more" if most == math.inf else f"0 to {most}"
+                default = self.__dataclass_fields__[name].default
+                raise ValueError(f"{name} is {threshold}; use {legal}, such as {default:g}, or 0 to switch it off.")
+        best, logged = (self.metric_for_best_model or "").removeprefix("eval_"), f"nDCG@{self.ndcg_k}"
+        if best.startswith("nDCG@") and best not in (logged, f"{logged}_reward_statistics"):
+            raise ValueError(
+                f"metric_for_best_model is {self.metric_for_best_model!r}, but ndcg_k is {self.ndcg_k}, so that "
+                f"evaluations log eval_{logged}; use that."
+            )
         if len(self.text_type_scales) != 3 or min(self.text_type_scales) < 0:
             raise ValueError(
                 f"text_type_scales is {self.text_type_scales}; use three factors of 0 or more, for queries, relevant "
@@ -294,7 +353,7 @@ class CoAugConfig(GRPOConfig):
                 "and set advantage_normalization to 'center', 'group' or 'batch'."
             )
         processors = {
-            "repetition_penalty": self.repetition_penalty != 1.0,
+            "repetition_penalty": self.repetition_penalty != 1.0 and not self.penalize_log_probs,
             "top_p": self.top_p < 1.0,
             "top_k": self.top_k > 0,
             "min_p": bool(self.min_p),
@@ -304,7 +363,8 @@ class CoAugConfig(GRPOConfig):
             raise ValueError(
                 f"vllm_importance_sampling_correction is True with {active}: vLLM's log-probabilities include it, the "
                 "trainer's do not, and the correction would scale almost every sequence's loss to 0. Set "
-                "vllm_importance_sampling_correction to False."
+                "vllm_importance_sampling_correction to False"
+                + (", or penalize_log_probs to True." if processors["repetition_penalty"] else ".")
             )
         continuous_batching = self.use_transformers_continuous_batching or self.use_transformers_paged
         if continuous_batching and self.repetition_penalty != 1.0:

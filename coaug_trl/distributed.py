@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather, gather_object
 
 
-def run_together(function: Callable, *args) -> tuple[Any, list[Any]]:
+def run_together(function: Callable, *args, where: str = "") -> tuple[Any, list[Any]]:
     """
     Runs `function` on every process and exchanges the results; a failure on one process is raised on all.
 
@@ -16,6 +17,8 @@ def run_together(function: Callable, *args) -> tuple[Any, list[Any]]:
             What to run. It must not call a collective operation.
         *args:
             Its arguments, on this process.
+        where (`str`, *optional*):
+            What this process is working on, for the message of a failure.
 
     Returns:
         `tuple[Any, list[Any]]`: this process's result, and the results of all processes in their order.
@@ -28,7 +31,7 @@ def run_together(function: Callable, *args) -> tuple[Any, list[Any]]:
         result = function(*args)
     except Exception as error:  # whatever it is, this process must reach the exchange, or the others wait forever
         failure = error
-    message = None if failure is None else f"{type(failure).__name__}: {failure}"
+    message = None if failure is None else f"{type(failure).__name__}: {failure}" + (f" ({where})" if where else "")
     outcomes = gather_object([(result, message)])
     failed = [f"process {rank}: {message}" for rank, (_, message) in enumerate(outcomes) if message is not None]
     if failed:
@@ -51,3 +54,11 @@ def merge_shares(share: list, count: int) -> list:
     """The first `count` results, in the order of the items that [`own_share`] dealt out."""
     shares = run_together(lambda: share)[1]
     return [result for row in zip(*shares, strict=True) for result in row][:count]
+
+
+def largest(number: int) -> int:
+    """The largest of the numbers that the processes give: how they agree on something that one of them knows."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return number
+    return gather(torch.tensor([number], device=state.device)).max().item()

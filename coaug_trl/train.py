@@ -8,19 +8,20 @@ import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import torch
 import yaml
 from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from .checkpoints import check_checkpoint, last_whole_checkpoint, saving
 from .config import CoAugConfig
 from .data import Collection
-from .errors import InputError
-from .groups import CompositeGroups
-from .prompts import PromptSet, document_text
+from .errors import InputError, TrainingStopped
+from .plan import print_plan
+from .prompts import PromptSet
 from .retrieval import Retriever, make_retriever
-from .trainer import CoAugTrainer, check_prompt_set, corpus_documents
+from .trainer import CoAugTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,9 @@ class CoAugScriptArguments:
         prompt_set (`str`, *optional*):
             YAML file with the prompts; defaults to the package's for the retriever's kind.
         dry_run (`bool`, *optional*, defaults to `False`):
-            Print the batch arithmetic, build everything but the model, and exit.
+            Print what the run would do and the memory it would need, build everything but the model, and exit.
+        gpu_memory_gib (`float`, *optional*):
+            Memory of the GPU to fit on, in GiB, for `dry_run`; defaults to that of the GPU that is there.
     """
 
     collection: str = field(metadata={"help": "BEIR folder, Hub id, irds:NAME, or vocabulary-gap."})
@@ -77,13 +80,18 @@ class CoAugScriptArguments:
     encoder: str = field(default="BAAI/bge-base-en-v1.5", metadata={"help": "Dense: sentence-transformers model."})
     embedding_cache: str | None = field(default=None, metadata={"help": "Dense: where embeddings are kept."})
     prompt_set: str | None = field(default=None, metadata={"help": "YAML file with the prompts."})
-    dry_run: bool = field(default=False, metadata={"help": "Build everything but the model, and exit."})
+    dry_run: bool = field(default=False, metadata={"help": "Print plan and memory without a model, and exit."})
+    gpu_memory_gib: float | None = field(
+        default=None, metadata={"help": "Dry run: memory of the GPU to fit on, in GiB; default: the one there is."}
+    )
 
     def __post_init__(self):
         if self.eval_split == "test" or self.train_split == "test":
             raise InputError("The test split is for coaug evaluate alone; train on 'train' and evaluate on 'dev'.")
         if self.retriever not in ("bm25", "dense"):  # argparse does not check the values of a recipe
             raise InputError(f"retriever is {self.retriever!r}; use bm25 or dense.")
+        if self.gpu_memory_gib is not None and not self.gpu_memory_gib > 0:
+            raise InputError(f"gpu_memory_gib is {self.gpu_memory_gib}; use the GPU's memory in GiB, such as 24.")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -97,17 +105,19 @@ def main(arguments: list[str] | None = None) -> None:
 
     Raises:
         `InputError`: A setting or an input file has to be mended.
+        `TrainingStopped`: The run has gone wrong.
+        `SystemExit`: It was interrupted and has saved a checkpoint.
     """
     set_up_logging()
     script_args, training_args, model_args = parse_arguments(arguments)
     given = training_args.resume_from_checkpoint
-    if given and not (Path(given) / "trainer_state.json").is_file():
-        raise InputError(f"resume_from_checkpoint is {given}, no whole checkpoint: it has no trainer_state.json.")
+    if given:
+        check_checkpoint(given)
 
     if script_args.dry_run:
         parts = make_parts(script_args, training_args, model_args)
         if PartialState().is_main_process:
-            print_plan(training_args, *parts)
+            print_plan(script_args, training_args, model_args, *parts)
         return
 
     trainer = make_trainer(script_args, training_args, model_args)
@@ -118,7 +128,13 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint = given or last_whole_checkpoint(training_args.output_dir)
     if checkpoint:
         logger.warning(f"Resuming from {checkpoint}. To start afresh, choose another output_dir.")
-    train_result = trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        train_result = trainer.train(resume_from_checkpoint=checkpoint)
+    except (TrainingStopped, SystemExit) as stop:  # on all processes together; the model is not that of a whole run
+        if isinstance(stop, TrainingStopped):
+            trainer.save_state()  # what was logged until then
+        trainer.accelerator.end_training()
+        raise
     trainer.log_metrics("train", train_result.metrics)
     trainer.save_metrics("train", train_result.metrics)
     trainer.save_state()
@@ -126,7 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
     ###########
     # Save, evaluate on the dev split
     ###########
-    trainer.save_model(training_args.output_dir)
+    with saving(training_args.output_dir, training_args.output_dir):
+        trainer.save_model(training_args.output_dir)
     if trainer.eval_collection is not None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
@@ -253,6 +270,8 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[CoAugScriptArgu
     parser = TrlParser((CoAugScriptArguments, CoAugConfig, ModelConfig), prog="coaug train", usage=USAGE)
     if arguments[-1:] == ["--config"]:
         raise InputError("--config names no recipe; give one, such as recipes/nfcorpus/qwen2.5-7b-bm25.yaml.")
+    if "--dry_run" in arguments and not torch.cuda.is_available():
+        arguments = [*arguments, "--use_cpu", "true"]  # what is planned is for another machine
     try:
         if "--config" in arguments:
             _refuse_unknown_fields(arguments[arguments.index("--config") + 1], parser)
@@ -300,79 +319,3 @@ def load_tokenizer(training_args: CoAugConfig, model_args: ModelConfig):
         raise InputError(
             f"{model_args.model_name_or_path}: no tokenizer could be loaded from there: {error}"
         ) from None
-
-
-def last_whole_checkpoint(output_dir: str | Path) -> str | None:
-    """
-    The newest checkpoint of a run that was written to its end, `None` if there is none.
-
-    `trainer_state.json` is written last; a checkpoint without it is named in a warning and skipped.
-    """
-    found = {}
-    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if step.isdecimal() and path.is_dir():
-            found[int(step)] = path
-    for step in sorted(found, reverse=True):
-        if (found[step] / "trainer_state.json").is_file():
-            return str(found[step])
-        logger.warning(f"{found[step]} is incomplete and skipped; delete it.")
-    return None
-
-
-def print_plan(
-    training_args: CoAugConfig,
-    train_collection: Collection,
-    eval_collection: Collection | None,
-    retriever: Retriever,
-    prompt_set: PromptSet,
-    tokenizer,
-) -> None:
-    """Prints what a run would do, having built everything but the model, and refuses what it would refuse."""
-    check_prompt_set(prompt_set, retriever, training_args)
-    groups = CompositeGroups(
-        train_collection,
-        training_args.queries_per_group,
-        training_args.group_size,
-        training_args.num_relevant,
-        training_args.groups_per_batch,
-        training_args.seed,
-    )
-    retriever.fit(list(train_collection.corpus.values()))
-    batches = groups.groups_per_epoch // training_args.groups_per_batch
-    print(train_collection.summary())
-    if eval_collection is not None:
-        print(eval_collection.summary())
-    print(training_args.batch_summary)
-    print(
-        f"1 epoch = {batches:,} generation batches = "
-        f"{batches * training_args.updates_per_batch * training_args.num_iterations:,} optimizer steps; "
-        f"{groups.num_filled:,} queries come twice to fill the last batch"
-    )
-    print(
-        f"1 optimizer step on each of {training_args.world_size} processes = "
-        f"{training_args.gradient_accumulation_steps:,} × {training_args.per_device_train_batch_size} completions"
-    )
-    print(f"retriever {retriever.config}, prompt set {prompt_set.hash} ({prompt_set.kind})")
-    if training_args.num_hard_negatives:
-        first, last = training_args.hard_negative_ranks
-        print(
-            f"hard negatives: up to {training_args.num_hard_negatives} a group, from ranks {first} to {last}; mined when "
-            "training starts, and not in the group below"
-        )
-    if training_args.candidate_pool == "corpus":
-        num_documents = len(corpus_documents(train_collection, retriever, prompt_set, training_args))
-        source = training_args.augmentations or "the collection, not augmented"
-        print(f"every query competes with {num_documents:,} documents; texts outside the batch: {source}")
-    group = groups[0]
-    if training_args.augment != "document":
-        query = train_collection.queries[group.queries[0]]
-        print(f"first query prompt: {prompt_set.prompt('query', query, tokenizer)}")
-    if training_args.augment != "query":
-        documents, num_cut = prompt_set.truncate(
-            [document_text(train_collection.corpus[document_id]) for document_id in group.documents], tokenizer
-        )
-        print(
-            f"first group: {len(documents)} document prompts, {num_cut} of them cut to "
-            f"{prompt_set.max_document_tokens} tokens"
-        )

@@ -3,8 +3,6 @@
 import copy
 import json
 import logging
-import os
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +10,25 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import is_peft_model
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
 from trl import GRPOTrainer
 
 from .augment import AugmentedCollection
+from .checkpoints import (
+    STATE_FILE,
+    begin_checkpoint,
+    check_checkpoint,
+    finish_checkpoint,
+    last_whole_checkpoint,
+    load_rollouts,
+    save_rollouts,
+    saving,
+)
 from .config import CoAugConfig
 from .data import Collection, Document
 from .distributed import merge_shares, own_share
@@ -27,16 +36,25 @@ from .errors import InputError
 from .evaluation import evaluate_run, retrieve
 from .files import write_json
 from .groups import TEXT_TYPES, CompositeGroups, Group, GroupCollator, GroupSampler
+from .guards import (
+    CollapseGuard,
+    RatioAlarm,
+    refuse_not_finite_gradient,
+    refuse_not_finite_loss,
+    refuse_not_finite_weights,
+)
+from .interruption import StopOnSignal
 from .negatives import HARD_NEGATIVES_FILE, mine_hard_negatives
 from .policy import GenerationSettings, PolicySettings
 from .prompts import PromptSet, document_text, extract_answer
 from .retrieval import Retriever
+from .rewards.extra import fail_together
 from .rewards.joint import Corpus, JointReward
+from .sampler_head import add_sampler_head
 
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "coaug_state.json"
 EVAL_DEPTH = 100
 
 
@@ -139,7 +157,7 @@ class CoAugTrainer(GRPOTrainer):
             model=model,
             reward_funcs=[
                 JointReward(train_collection, retriever, prompt_set, args, corpus),
-                *reward_funcs,
+                *map(fail_together, reward_funcs),
             ],
             args=args,
             train_dataset=Dataset.from_dict({"query_id": groups.query_ids}),
@@ -150,11 +168,16 @@ class CoAugTrainer(GRPOTrainer):
             **kwargs,
         )
         self._refuse_vanishing_updates()
+        if args.penalize_log_probs and args.repetition_penalty != 1.0:
+            self._penalize_log_probs()
         # GRPOTrainer accepts nothing but a `datasets.Dataset`. Groups are drawn rather than stored, so they take its
         # place once it is constructed.
         self.train_dataset = groups
         self._completions_per_group = args.rows_per_group * args.num_generations
         self.data_collator = GroupCollator(self._completions_per_group)
+        self._stop_on_signal = StopOnSignal()
+        for callback in (CollapseGuard(args, self._metrics["train"]), RatioAlarm(), self._stop_on_signal):
+            self.add_callback(callback)
         self._say(train_collection.summary())
         self._say(args.batch_summary)
         if groups.num_filled:
@@ -168,17 +191,22 @@ class CoAugTrainer(GRPOTrainer):
             logger.info(message)
 
     def _refuse_vanishing_updates(self):
-        low_precision = [
-            name
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad and parameter.dtype == torch.bfloat16
-        ]
-        if low_precision and self.args.learning_rate < 1e-5:
+        low_precision = any(
+            parameter.requires_grad and parameter.dtype == torch.bfloat16 for parameter in self.model.parameters()
+        )
+        if low_precision and not self.is_deepspeed_enabled:  # which trains float32 copies
+            refuse_vanishing_updates(self.args)
+
+    def _penalize_log_probs(self):
+        if is_deepspeed_zero3_enabled():
             raise InputError(
-                f"learning_rate is {self.args.learning_rate} and {len(low_precision)} trained parameters are bfloat16: "
-                "nearly all updates would round to nothing. Load the model in float32 (dtype: float32; bf16: true "
-                "still computes in bfloat16), or set learning_rate to at least 1e-5."
+                "penalize_log_probs is True under ZeRO-3, whose sharded LM head cannot be read twice in a step; use "
+                "ZeRO-2, FSDP2 or DDP, or set penalize_log_probs to False."
             )
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                model = model.get_base_model() if is_peft_model(model) else model
+                add_sampler_head(model, self.temperature, self.repetition_penalty)
 
     # Groups in, rows out
 
@@ -232,6 +260,7 @@ class CoAugTrainer(GRPOTrainer):
         return self._rewards_per_func
 
     def _generate_and_score_completions(self, inputs: list[Group]) -> dict[str, torch.Tensor | Any]:
+        refuse_not_finite_weights(self.model, self.state, self.args.output_dir)
         rows, num_cut = self._rows(inputs)
         output = super()._generate_and_score_completions(rows)
         # What the joint reward logged of this generation batch, gathered over processes in their order.
@@ -283,7 +312,34 @@ class CoAugTrainer(GRPOTrainer):
             metrics[f"{text_type}/zero_spread_share"].append(no_spread[chosen].float().mean().item())
             metrics[f"{text_type}/answer_rate"].append((words[chosen] > 0).float().mean().item())
             metrics[f"{text_type}/answer_words"].append(words[chosen].mean().item())
+            spoken = [
+                word
+                for answer, each in zip(columns["answer"], types, strict=True)
+                if each == text_type
+                for word in answer.lower().split()
+            ]
+            metrics[f"{text_type}/distinct_words"].append(len(set(spoken)) / max(len(spoken), 1))
             metrics[f"{text_type}/clipped_ratio"].append(clipped[chosen].float().mean().item())
+
+    # Guards
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        output = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self._log_probs = output[0].detach()  # the last ones before the loss are the policy's
+        return output
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        refuse_not_finite_loss(
+            loss.detach(), self._log_probs, inputs, self._tokenizer, self.state, self.args.output_dir
+        )
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None:  # which skips such a step, and takes a smaller scale
+            refuse_not_finite_gradient(norm, self.state, self.args.output_dir)
+        return norm
 
     # Evaluation on the dev collection
 
@@ -407,22 +463,74 @@ class CoAugTrainer(GRPOTrainer):
 
     # Saving and resuming
 
+    def train(self, resume_from_checkpoint: "str | bool | None" = None, *args, **kwargs):
+        """
+        Trains, as [`trl.GRPOTrainer`] does, and survives what interrupts it.
+
+        Ctrl-C and SIGTERM let the running step end, save a checkpoint and leave by `SystemExit`; see
+        [`~coaug_trl.interruption.StopOnSignal`].
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                Checkpoint to go on from; `True` for the last whole one in `output_dir`.
+            *args, **kwargs:
+                Further arguments of [`~transformers.Trainer.train`].
+
+        Returns:
+            [`~transformers.trainer_utils.TrainOutput`]: as the base class.
+
+        Raises:
+            `InputError`: The checkpoint is not whole.
+            `TrainingStopped`: The run has gone wrong.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise InputError(f"{self.args.output_dir} has no whole checkpoint; leave resume_from_checkpoint out.")
+        elif resume_from_checkpoint:
+            check_checkpoint(resume_from_checkpoint)
+        with self._stop_on_signal.watching():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end: the base class would train on
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         self.settings.save(output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model, trial):
-        # Before the base class, whose trainer_state.json comes last and marks the checkpoint as whole.
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        folder.mkdir(parents=True, exist_ok=True)
+        run_dir = self._get_output_dir(trial=trial)
+        folder = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        # The base class would delete older checkpoints while this one may still lack files of other processes.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with saving(folder, run_dir):
+                folder.mkdir(parents=True, exist_ok=True)
+                if self.args.should_save:
+                    begin_checkpoint(folder)
+                self.accelerator.wait_for_everyone()
+                self._save_own_state(folder)
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    finish_checkpoint(folder, resumable=not self.args.save_only_model)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
+    def _save_own_state(self, folder: Path) -> None:
         step = self._step % (self.args.steps_per_generation * self.num_iterations)
         if step:
-            self._save_rollouts(folder)
+            save_rollouts(self._buffered_inputs, self._rollouts_path(folder))
         if self.args.should_save:
             state = {"step": step, "batch": self._batch_arithmetic(), "retriever_state": self.retriever.state()}
             write_json(folder / STATE_FILE, state)
-        self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -437,7 +545,7 @@ class CoAugTrainer(GRPOTrainer):
                         f"one of {self._batch_arithmetic()}. Resume with the same settings and number of processes, "
                         "or from a checkpoint at the end of a generation batch."
                     )
-                self._load_rollouts(Path(checkpoint))
+                self._buffered_inputs = load_rollouts(self._rollouts_path(Path(checkpoint)), self.accelerator.device)
 
     def _batch_arithmetic(self) -> dict[str, int]:
         names = ("world_size", "generation_batch_size", "steps_per_generation", "num_iterations")
@@ -446,26 +554,15 @@ class CoAugTrainer(GRPOTrainer):
     def _rollouts_path(self, folder: Path) -> Path:
         return folder / f"rollouts_{self.accelerator.process_index}.safetensors"
 
-    def _save_rollouts(self, folder: Path) -> None:
-        tensors = {
-            f"{index}.{name}": value.clone()  # one tensor may serve all slices, which safetensors refuses
-            for index, slice_ in enumerate(self._buffered_inputs)
-            for name, value in slice_.items()
-            if value is not None
-        }
-        path = self._rollouts_path(folder)
-        save_file(tensors, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
 
-    def _load_rollouts(self, checkpoint: Path) -> None:
-        path = self._rollouts_path(checkpoint)
-        if not path.is_file():
-            raise InputError(f"{checkpoint} lacks {path.name}, the rollouts it was training on; resume from another.")
-        slices = defaultdict(dict)
-        for key, value in load_file(path).items():
-            index, name = key.split(".", 1)
-            slices[int(index)][name] = value.to(self.accelerator.device)
-        self._buffered_inputs = [slices[index] for index in range(len(slices))]
+def refuse_vanishing_updates(args: CoAugConfig) -> None:
+    """Raises an `InputError` if updates of bfloat16 parameters would round to nothing."""
+    if args.learning_rate < 1e-5:
+        raise InputError(
+            f"learning_rate is {args.learning_rate} and the trained parameters are bfloat16: nearly all updates would "
+            "round to nothing. Load the model in float32 (dtype: float32; bf16: true still computes in bfloat16), or "
+            "set learning_rate to at least 1e-5."
+        )
 
 
 def check_prompt_set(prompt_set: PromptSet, retriever: Retriever, args: CoAugConfig) -> None:

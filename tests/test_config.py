@@ -233,6 +233,11 @@ def test_processes_that_cannot_share_the_groups_evenly_are_told_what_they_could(
             {"num_reward_samples": 512},
         ),
         ({"relevant_weight": -1.0}, "relevant_weight is -1.0; use 0 or more, such as 10", {"relevant_weight": 0.0}),
+        (
+            {"metric_for_best_model": "eval_nDCG@10", "ndcg_k": 20},
+            "metric_for_best_model is 'eval_nDCG@10', but ndcg_k is 20, so that evaluations log eval_nDCG@20; use that",
+            {"metric_for_best_model": "eval_nDCG@20", "ndcg_k": 20},
+        ),
         ({"eval_corpus_size": 0}, "eval_corpus_size is 0; use at least 1, or leave it out", {"eval_corpus_size": 1}),
         (
             {"num_hard_negatives": -1},

@@ -276,6 +276,8 @@ def test_metrics_by_text_type_can_be_recomputed_from_the_table(run):
                 "zero_spread_share": rows["no_spread"].mean(),
                 "answer_rate": rows["answer"].ne("").mean(),
                 "answer_words": rows["words"].mean(),
+                "distinct_words": rows["answer"].str.lower().str.split().explode().dropna().nunique()
+                / max(rows["words"].sum(), 1),
                 "clipped_ratio": rows["clipped"].mean(),
             }
             for name, value in expected.items():
@@ -655,7 +657,7 @@ def test_a_checkpoint_without_its_rollouts_is_refused(build, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 1}
     build(tmp_path / "run", **settings).train()
     (tmp_path / "run" / "checkpoint-1" / "rollouts_0.safetensors").unlink()
-    with pytest.raises(InputError, match="checkpoint-1 lacks rollouts_0.safetensors"):
+    with pytest.raises(InputError, match="checkpoint-1, no whole checkpoint: it lacks rollouts_0.safetensors"):
         build(tmp_path / "other", **settings).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
 
 
@@ -676,8 +678,11 @@ SIGNATURES = {
     (GRPOTrainer, "_generate_and_score_completions"): ["self", "inputs"],
     (GRPOTrainer, "_prepare_inputs"): ["self", "generation_batch"],
     (GRPOTrainer, "_tokenize_prompts"): ["self", "prompts"],
+    (GRPOTrainer, "_compute_loss"): ["self", "model", "inputs"],
     (GRPOTrainer, "_save_checkpoint"): ["self", "model", "trial"],
     (GRPOTrainer, "_load_optimizer_and_scheduler"): ["self", "checkpoint"],
+    (Trainer, "train"): ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
+    (Trainer, "_get_grad_norm"): ["self", "model", "grad_norm"],
     (Trainer, "_save"): ["self", "output_dir", "state_dict"],
     (Trainer, "_get_output_dir"): ["self", "trial"],
     (Trainer, "evaluation_loop"): [
@@ -709,6 +714,7 @@ def test_the_base_class_still_has_what_is_overridden():
     expected = {name for _, name in SIGNATURES} - {"_get_output_dir", "_prepare_inputs", "_tokenize_prompts"}
     assert expected <= inherited, f"CoAugTrainer no longer overrides {expected - inherited}: mend this test"
     others = inherited - expected - {"_tag_names", "_name", "_paper", "_abc_impl"}
+    others -= {"_get_per_token_logps_and_entropies", "_run_epoch"}  # they pass all arguments on
     assert not others, f"GRPOTrainer has {others} of its own now, which CoAugTrainer shadows"
 
 
@@ -739,7 +745,8 @@ def test_micro_batches_are_buffered(run):
 
 def test_the_output_of_scoring_has_the_keys_that_are_relied_on(run):
     for output in run.outputs:
-        missing = {"advantages", "completion_ids", "completion_mask"} - output["keys"]
+        needed = {"advantages", "prompt_ids", "prompt_mask", "completion_ids", "completion_mask"}
+        missing = needed - output["keys"]
         assert not missing, f"GRPOTrainer._generate_and_score_completions returns no {missing} any more"
 
 
@@ -754,6 +761,25 @@ def test_a_generation_batch_is_made_once_and_read_in_slices():
     source = inspect.getsource(GRPOTrainer.get_train_dataloader)
     assert "self._get_train_sampler" in source, "GRPOTrainer.get_train_dataloader asks no _get_train_sampler any more"
     assert "self._train_batch_size * self.args.steps_per_generation" in source, "its batches have another size now"
+
+
+def test_log_probabilities_come_first_and_before_the_loss():
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    part = "per_token_logps, entropies, aux_loss = self._get_per_token_logps_and_entropies("
+    assert part in source, f"GRPOTrainer._compute_loss has changed: {part!r} is gone; see CoAugTrainer._log_probs"
+
+
+def test_checkpoints_are_rotated_where_the_limit_is_read():
+    source = inspect.getsource(Trainer._save_checkpoint)
+    for part in ("rotate_checkpoints(", "save_total_limit=self.args.save_total_limit"):
+        assert part in source, f"Trainer._save_checkpoint has changed: {part!r} is gone; see CoAugTrainer"
+
+
+def test_metrics_that_show_a_collapse_are_collected_in_one_place(run):
+    values = {"entropy", "completions/mean_length", "query/answer_rate", "query/distinct_words"}
+    missing = values - {key for log in run.state.log_history for key in log}
+    assert not missing, f"GRPOTrainer logs no {missing} any more; see CollapseGuard"
+    assert all(not column for column in run._metrics["train"].values()), "they are not cleared when they are logged"
 
 
 def test_rewards_are_gathered_and_functions_get_their_columns():

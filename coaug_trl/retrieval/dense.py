@@ -164,6 +164,11 @@ class DenseRetriever(Retriever):
             "search_parameters": self.search_parameters,
         }
 
+    @property
+    def encoder(self) -> SentenceTransformer:
+        """The model that embeds."""
+        return self._encoder
+
     # Scores of a training step
 
     def fit(self, documents: list[Document]) -> None:

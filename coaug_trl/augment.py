@@ -1,22 +1,34 @@
 """Augment many texts with a policy, and keep the answers in a folder that search and evaluation read."""
 
 import hashlib
+import itertools
 import json
-import os
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import Collection, Document
+from .engines import (
+    ENGINES,
+    LONGEST_PROMPT,
+    Completion,
+    ServerEngine,
+    TransformersEngine,
+    VLLMEngine,
+    num_processes,
+    process_index,
+)
 from .errors import InputError
 from .files import write_json, write_jsonl
 from .policy import GenerationSettings, PolicySettings, package_versions
 from .prompts import PromptSet, document_text, extract_answer, has_answer
+from .store import AnswerStore
 
 
 MANIFEST = "manifest.json"
@@ -24,9 +36,16 @@ SIDES = ("query", "document")
 FILES = {"query": "queries.jsonl", "document": "documents.jsonl"}
 # What must agree for answers to be used together: resuming, and queries beside documents.
 _IDENTITY = ("model", "revision", "prompt_hash", "generation", "collection")
-# What is written of a text: its answer, and beside it, which text this is the answer to.
 _ANSWER_KEYS = ("_id", "augmentation", "complete")
-_TEXT_KEYS = ("_id", "text_hash", "truncated")
+# A shard is written when it has so many answers, or is so old: what a killed process loses.
+SHARD_TEXTS, SHARD_SECONDS = 256, 60
+# Texts whose prompts are made at once.
+PROMPTS_TOGETHER = 64
+# How an incomplete answer is tried again: greedily it would come out the same.
+RETRY_TEMPERATURE = 0.7
+SECONDS_BETWEEN_LOOKS = 2
+# Of a dry run: texts that are tokenized.
+SAMPLED_PROMPTS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +67,92 @@ class Augmentation:
     truncated: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Throughput:
+    """
+    What one call generated.
+
+    Args:
+        texts (`int`):
+            Texts augmented.
+        tokens (`int`):
+            Tokens generated.
+        seconds (`float`):
+            Wall-clock time of it.
+    """
+
+    texts: int
+    tokens: int
+    seconds: float
+
+    def __str__(self) -> str:
+        speed = f" ({self.texts / self.seconds:,.1f} texts/s, {self.tokens / self.seconds:,.0f} tokens/s)"
+        return (
+            f"{self.texts:,} texts augmented in {describe_seconds(self.seconds)}, {self.tokens:,} tokens generated"
+            f"{speed * (self.texts > 0)}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """
+    What augmenting one side would take.
+
+    Args:
+        texts (`int`):
+            Texts of the side.
+        to_do (`int`):
+            Different ones among them that have no answer yet.
+        prompt_tokens (`int`):
+            Tokens of their prompts: the mean of `sampled_prompts` of them, times `to_do`.
+        sampled_prompts (`int`):
+            As said.
+        most_tokens (`int`):
+            Tokens generated if every answer were as long as it may be.
+        sample (`Throughput`):
+            What was measured of the model, on some of the texts.
+        bytes (`int`):
+            Size of the answers on disk.
+    """
+
+    texts: int
+    to_do: int
+    prompt_tokens: int
+    sampled_prompts: int
+    most_tokens: int
+    sample: Throughput
+    bytes: int
+
+    def __str__(self) -> str:
+        lines = [f"{self.texts:,} texts, {self.to_do:,} to augment (different ones without an answer yet)"]
+        if self.to_do:
+            sample, processes = self.sample, num_processes()
+            tokens = round(self.to_do * sample.tokens / sample.texts)
+            seconds = self.to_do * sample.seconds / sample.texts / processes
+            lines += [
+                f"  prompts    about {self.prompt_tokens:,} tokens, from {self.sampled_prompts:,} of the texts",
+                f"  answers    {self.to_do:,} to {self.most_tokens:,} tokens; about {tokens:,}, from {sample.texts:,} "
+                "of the texts",
+                f"  time       about {describe_seconds(seconds)} on {processes} process{'es' * (processes > 1)}: "
+                f"{sample.texts:,} texts took {describe_seconds(sample.seconds)}",
+                f"  disk       about {self.bytes / 2**20:,.1f} MiB",
+            ]
+        return "\n".join(lines)
+
+
 class Augmenter:
     """
     Augments texts greedily, with the prompts and generation settings the policy was trained with.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The policy.
+        model ([`~transformers.PreTrainedModel`] or an engine):
+            The policy, or one of [`~coaug_trl.engines`] that generates with it.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer.
         settings ([`~coaug_trl.policy.PolicySettings`]):
             Prompt set and generation settings.
         batch_size (`int`, *optional*, defaults to `32`):
-            Texts generated for at once.
+            Texts generated for at once by transformers.
         name (`str`, *optional*):
             What the manifest calls the model; defaults to where it was loaded from.
         revision (`str`, *optional*):
@@ -80,24 +172,21 @@ class Augmenter:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | TransformersEngine | VLLMEngine | ServerEngine,
         tokenizer: PreTrainedTokenizerBase,
         settings: PolicySettings,
         batch_size: int = 32,
         name: str | None = None,
         revision: str | None = None,
     ):
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; use at least 1, such as 32.")
-        self.model = model.eval()
+        _check_batch_size(batch_size)
+        _prepare(tokenizer)
+        self.engine = model if hasattr(model, "complete") else TransformersEngine(model, tokenizer, batch_size)
         self.tokenizer = tokenizer
         self.settings = settings
-        self.batch_size = batch_size
         self.name = name or model.name_or_path
         self.revision = revision
-        tokenizer.padding_side = "left"
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        self.throughput: dict[str, Throughput] = {}
 
     @classmethod
     def from_pretrained(
@@ -108,43 +197,72 @@ class Augmenter:
         batch_size: int = 32,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        engine: str = "transformers",
+        server: str | None = None,
+        server_concurrency: int = 64,
+        dtype: str = "auto",
+        gpu_memory_utilization: float | None = None,
     ) -> "Augmenter":
         """
         Loads a policy.
 
         Args:
             model_name_or_path (`str`):
-                A folder or Hub id: a policy trained here, which brings its settings, or any causal language model.
+                A folder or Hub id: a policy trained here, which brings its settings, or any causal language model. A
+                folder may hold a LoRA adapter.
             prompt_set ([`~coaug_trl.PromptSet`], *optional*):
                 Prompts for a model that was not trained here; defaults to the package's for sparse retrievers.
             generation ([`~coaug_trl.policy.GenerationSettings`], *optional*):
                 Generation settings for a model that was not trained here.
             batch_size (`int`, *optional*, defaults to `32`):
-                Texts generated for at once.
+                Texts generated for at once by transformers.
             revision (`str`, *optional*):
                 Revision on the Hub.
             trust_remote_code (`bool`, *optional*, defaults to `False`):
                 Whether a model may run code of its own.
+            engine (`str`, *optional*, defaults to `"transformers"`):
+                What generates in this process: `"transformers"` or `"vllm"`.
+            server (`str`, *optional*):
+                Address of a server that generates instead; then only tokenizer and settings are loaded here.
+            server_concurrency (`int`, *optional*, defaults to `64`):
+                Requests to the server at once.
+            dtype (`str`, *optional*, defaults to `"auto"`):
+                Type of the weights, such as `"bfloat16"`; `"auto"` is the one they are saved in.
+            gpu_memory_utilization (`float`, *optional*):
+                Share of the GPU's memory for vLLM; see [`~coaug_trl.engines.VLLMEngine`].
 
         Raises:
-            `InputError`: There is no such model, or the settings differ from those it was trained with.
+            `InputError`: There is no such model, the settings differ from those it was trained with, or the engine
+                cannot be started.
         """
+        _check_batch_size(batch_size)
         settings = _settings_for(model_name_or_path, prompt_set, generation)
         kwargs = {"revision": revision, "trust_remote_code": trust_remote_code}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, padding_side="left", **kwargs)
-            model = AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype="auto", **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **kwargs)
         except (OSError, ValueError) as error:  # ValueError: a folder without a model, or with an unknown one
             raise InputError(f"{model_name_or_path}: no model could be loaded from there: {error}") from None
-        if torch.cuda.is_available():
-            model = model.to("cuda")
-        fingerprint = _folder_hash(model_name_or_path) if Path(model_name_or_path).is_dir() else None
-        revision = fingerprint or getattr(model.config, "_commit_hash", None) or revision
+        _prepare(tokenizer)
+        if server is not None:
+            model = ServerEngine(server, model_name_or_path, server_concurrency)
+        elif engine == "vllm":
+            longest = max(LONGEST_PROMPT, settings.prompt_set.max_document_tokens) + _prompt_tokens(
+                settings, tokenizer
+            )
+            memory = {"gpu_memory_utilization": gpu_memory_utilization}
+            model = VLLMEngine(
+                model_name_or_path, tokenizer, longest, settings.generation, dtype=dtype, **memory, **kwargs
+            )
+        elif engine == "transformers":
+            model = TransformersEngine.load(model_name_or_path, tokenizer, batch_size, dtype=dtype, **kwargs)
+        else:
+            raise InputError(f"There is no engine {engine!r}; use {' or '.join(ENGINES)}.")
+        revision = _revision_of(model_name_or_path, revision, trust_remote_code)
         return cls(model, tokenizer, settings, batch_size, name=str(model_name_or_path), revision=revision)
 
     def generate(self, side: str, texts: list[str]) -> list[Augmentation]:
         """
-        Augments texts, in batches as they come.
+        Augments texts.
 
         Args:
             side (`str`):
@@ -155,69 +273,139 @@ class Augmenter:
         Returns:
             `list[Augmentation]`: one for each text.
         """
-        prompt_set, tokenizer = self.settings.prompt_set, self.tokenizer
-        augmentations = []
-        for first in range(0, len(texts), self.batch_size):
-            batch = texts[first : first + self.batch_size]
-            read = prompt_set.truncate(batch, tokenizer)[0] if side == "document" else batch
-            completions = self._complete([prompt_set.prompt(side, text, tokenizer) for text in read])
-            augmentations += [
-                Augmentation(extract_answer(completion), has_answer(completion), truncated=cut != text)
-                for completion, text, cut in zip(completions, batch, read, strict=True)
-            ]
-        return augmentations
+        answered = self._augment(side, enumerate(texts))
+        augmentations = {place: augmentation for place, augmentation, _ in answered}
+        return [augmentations[place] for place in range(len(texts))]
 
-    @torch.inference_mode()
-    def _complete(self, prompts: list[list[dict[str, str]] | str]) -> list[str]:
-        tokenizer = self.tokenizer
-        if tokenizer.chat_template:
-            prompts = [
-                tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) for prompt in prompts
-            ]
-            inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-        else:
-            inputs = tokenizer(prompts, return_tensors="pt", padding=True)
-        inputs = inputs.to(self.model.device)
-        # All sampling settings are given, since the model's own generation_config may hold others.
-        output = self.model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            max_new_tokens=self.settings.generation.max_new_tokens,
-            repetition_penalty=self.settings.generation.repetition_penalty,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    def _augment(
+        self, side: str, texts: Iterable[tuple[Any, str]], temperature: float = 0.0, seed: int = 0
+    ) -> Iterator[tuple[Any, Augmentation, Completion]]:
+        """Augments texts, each with a tag, as they come; yields them as they are finished."""
+        completions = self.engine.complete(self._prompts(side, texts), self.settings.generation, temperature, seed)
+        for (tag, truncated), completion in completions:
+            answer, complete = extract_answer(completion.text), has_answer(completion.text)
+            yield tag, Augmentation(answer, complete, truncated), completion
 
-    def augment_collection(self, collection: Collection, output_dir: str | Path, sides: Iterable[str] = SIDES) -> dict:
+    def _prompts(self, side: str, texts: Iterable[tuple[Any, str]]) -> Iterator[tuple[tuple[Any, bool], list[int]]]:
+        """Token ids of the prompts, with the tag of each text and whether it was cut."""
+        prompt_set, tokenizer, texts = self.settings.prompt_set, self.tokenizer, iter(texts)
+        while chunk := list(itertools.islice(texts, PROMPTS_TOGETHER)):
+            tags, whole = zip(*chunk, strict=True)
+            read = prompt_set.truncate(list(whole), tokenizer)[0] if side == "document" else whole
+            prompts = [prompt_set.prompt(side, text, tokenizer) for text in read]
+            if tokenizer.chat_template:
+                prompts = [
+                    tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+                    for prompt in prompts
+                ]
+            ids = tokenizer(prompts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+            for tag, prompt, text, cut in zip(tags, ids, whole, read, strict=True):
+                yield (tag, cut != text), prompt
+
+    def augment_collection(
+        self,
+        collection: Collection,
+        output_dir: str | Path,
+        sides: Iterable[str] = SIDES,
+        retry_incomplete: int = 0,
+    ) -> dict | None:
         """
         Augments a collection's judged queries, its documents, or both, into a folder.
 
-        What is done is written down batch by batch. Called again after an interruption, it goes on where it stopped;
-        called again when all is done, it generates only for texts that are new or have changed. Queries of several
-        splits may share a folder.
+        What is done is written down in shards. Called again after an interruption, it goes on where it stopped; called
+        again when all is done, it generates only for texts that are new or have changed. Queries of several splits may
+        share a folder. Where a launcher has started several processes, each augments its share, wherever the others
+        run: the folder, which all must see, is all they have in common, so that another number of them may go on later.
 
         Args:
             collection ([`~coaug_trl.Collection`]):
                 Where the texts come from; of the queries, those judged in its split.
             output_dir (`str` or `Path`):
-                The folder: `queries.jsonl`, `documents.jsonl`, `prompt_set.yaml`, `manifest.json`; which text an
-                answer belongs to is kept in `queries.texts.jsonl` and `documents.texts.jsonl`.
+                The folder: `queries.jsonl`, `documents.jsonl`, `prompt_set.yaml`, `manifest.json`; the shards are kept
+                in `queries.shards` and `documents.shards`.
             sides (`Iterable[str]`, *optional*, defaults to `("query", "document")`):
                 `"query"`, `"document"` or both.
+            retry_incomplete (`int`, *optional*, defaults to `0`):
+                How often an incomplete answer is tried again, since it was first generated: by sampling at temperature
+                0.7, with the number of the attempt as the seed. Complete answers stay greedy.
 
         Returns:
-            `dict`: the manifest.
+            `dict` or `None`: the manifest; `None` on all processes but the first, which finishes the files.
 
         Raises:
-            `InputError`: The prompt set has no prompt for one of the sides, or the folder holds augmentations of
-                another model, prompt set or collection, or a damaged file.
+            `InputError`: The prompt set has no prompt for one of the sides, the folder holds augmentations of another
+                model, prompt set or collection, or a damaged file, or the collection changes meanwhile.
         """
-        output_dir, sides = Path(output_dir), tuple(sides)
+        output_dir, sides, main = Path(output_dir), tuple(sides), process_index() == 0
+        manifest = self._begin(collection, output_dir, sides)
+        if main:
+            self.settings.prompt_set.save(output_dir)
+            write_json(output_dir / MANIFEST, manifest)
+        for side in sides:
+            store = AnswerStore(_shards_folder(output_dir, side))
+            store.folder.mkdir(parents=True, exist_ok=True)  # this side is begun
+            store.refresh()
+            keys = self._keys(collection, side)
+            self._generate_missing(collection, side, keys, store, retry_incomplete)
+            if not main:
+                continue
+            _wait_for_others(keys, store, retry_incomplete)
+            splits = manifest["sides"].get(side, {}).get("splits", [])
+            manifest["sides"][side] = self._write_answers(collection, side, keys, store, output_dir / FILES[side])
+            if side == "query":
+                manifest["sides"][side]["splits"] = sorted({*splits, collection.split})
+            write_json(output_dir / MANIFEST, manifest)
+        return manifest if main else None
+
+    def estimate(self, collection: Collection, output_dir: str | Path, side: str) -> Estimate:
+        """
+        What augmenting one side into a folder would take. Writes nothing; the model generates for some of the texts.
+
+        Args:
+            collection ([`~coaug_trl.Collection`]):
+                As in [`augment_collection`].
+            output_dir (`str` or `Path`):
+                Likewise.
+            side (`str`):
+                `"query"` or `"document"`.
+
+        Returns:
+            [`Estimate`]: the estimate.
+
+        Raises:
+            `InputError`: As in [`augment_collection`].
+        """
+        self._begin(collection, Path(output_dir), (side,))
+        store = AnswerStore(_shards_folder(Path(output_dir), side))
+        store.refresh()
+        keys = self._keys(collection, side)
+        places = _first_places(keys, store.unfinished(keys, 0))
+        draw = np.random.default_rng(0)
+        sampled = np.zeros(len(keys), bool)
+        sampled[draw.choice(places, min(len(places), SAMPLED_PROMPTS), replace=False)] = True
+        texts = list(itertools.compress(side_texts(collection, side), sampled))
+        draw.shuffle(texts)
+        lengths = [len(ids) for _, ids in self._prompts(side, texts)]
+        texts = texts[: self.engine.width]
+        list(self._augment(side, texts[:1]))  # the first call of a model takes longer
+        start, tokens, size = time.perf_counter(), 0, 0
+        for id_, augmentation, completion in self._augment(side, texts):
+            tokens += completion.num_tokens
+            row = _answer_row(id_, {"augmentation": augmentation.answer, "complete": augmentation.complete})
+            # in a shard, with its key, and in the file that is read
+            size += 2 * len(json.dumps(row, ensure_ascii=False).encode()) + 50
+        return Estimate(
+            texts=len(keys),
+            to_do=len(places),
+            prompt_tokens=round(len(places) * sum(lengths) / max(len(lengths), 1)),
+            sampled_prompts=len(lengths),
+            most_tokens=len(places) * self.settings.generation.max_new_tokens,
+            sample=Throughput(len(texts), tokens, time.perf_counter() - start),
+            bytes=round(len(places) * size / max(len(texts), 1)),
+        )
+
+    def _begin(self, collection: Collection, output_dir: Path, sides: tuple[str, ...]) -> dict[str, Any]:
+        """The manifest that work on a folder begins with; refuses a folder whose answers are of another making."""
         self.settings.prompt_set.check_sides(sides)
         manifest = {
             "model": self.name,
@@ -226,6 +414,7 @@ class Augmenter:
             "generation": asdict(self.settings.generation),
             "retriever": self.settings.retriever,
             "collection": collection.name,
+            "engines": [f"{self.engine.name}, {self.engine.dtype}"],
             "versions": package_versions(),
             "sides": {},
         }
@@ -233,58 +422,176 @@ class Augmenter:
         if previous is not None:
             _refuse_mixture(output_dir, previous, manifest)
             manifest["sides"] = previous["sides"]
-        self.settings.prompt_set.save(output_dir)
-        write_json(output_dir / MANIFEST, manifest)
+            manifest["engines"] = sorted({*previous.get("engines", []), *manifest["engines"]})
         for side in sides:
-            splits = manifest["sides"].get(side, {}).get("splits", [])
-            manifest["sides"][side] = self._augment_side(side, side_texts(collection, side), output_dir)
-            if side == "query":
-                manifest["sides"][side]["splits"] = sorted({*splits, collection.split})
-            write_json(output_dir / MANIFEST, manifest)
+            for suffix in (".texts.jsonl", ".partial.jsonl"):
+                path = (output_dir / FILES[side]).with_suffix(suffix)
+                if path.is_file():
+                    raise InputError(
+                        f"{output_dir} was made by an earlier version, as {path.name} shows, and can be read but not "
+                        "added to; choose another folder, or delete this one."
+                    )
         return manifest
 
-    def _augment_side(self, side: str, texts: dict[str, str], output_dir: Path) -> dict[str, Any]:
-        path = output_dir / FILES[side]
-        texts_path, partial = path.with_suffix(".texts.jsonl"), path.with_suffix(".partial.jsonl")
-        text_hash = {id_: hashlib.sha256(text.encode()).hexdigest()[:16] for id_, text in texts.items()}
-        _drop_torn_line(partial)
-        answered = {row["_id"]: row for row in _read_rows(texts_path, _TEXT_KEYS)}
-        done = {row["_id"]: answered[row["_id"]] | row for row in _read_rows(path) if row["_id"] in answered}
-        done |= {row["_id"]: row for row in _read_rows(partial, _ANSWER_KEYS + _TEXT_KEYS)}
-        # Texts of like length make batches with little padding.
-        todo = sorted(
-            (id_ for id_ in texts if id_ not in done or done[id_]["text_hash"] != text_hash[id_]),
-            key=lambda id_: len(texts[id_]),
+    def _keys(self, collection: Collection, side: str) -> np.ndarray:
+        """The key of each text, in the collection's order."""
+        texts = tqdm(
+            side_texts(collection, side), desc=f"Reading {FILES[side][:-6]}", unit=" texts", delay=2, leave=False
         )
-        with (
-            open(partial, "a", encoding="utf-8") as file,
-            tqdm(total=len(texts), initial=len(texts) - len(todo), desc=f"Augmenting {FILES[side][:-6]}") as progress,
-        ):
-            for first in range(0, len(todo), self.batch_size):
-                ids = todo[first : first + self.batch_size]
-                for id_, augmentation in zip(ids, self.generate(side, [texts[id_] for id_ in ids]), strict=True):
-                    done[id_] = {
-                        "_id": id_,
+        return np.fromiter((int(self._key(text), 16) for _, text in texts), np.uint64)
+
+    def _key(self, text: str) -> str:
+        """16 hexadecimal digits for a text and all that decides its answer."""
+        made_with = (self.name, self.revision, self.settings.prompt_set.hash, asdict(self.settings.generation), text)
+        return hashlib.sha256(json.dumps(made_with).encode()).hexdigest()[:16]
+
+    def _generate_missing(
+        self, collection: Collection, side: str, keys: np.ndarray, store: AnswerStore, retry_incomplete: int
+    ) -> None:
+        """Generates what is missing of this process's share, and writes it into the store shard by shard."""
+        # A share is decided by the text alone, so that processes need not ask each other, and equal texts meet.
+        own = keys % np.uint64(num_processes()) == process_index()
+        num_texts = num_tokens = 0
+        start = time.perf_counter()
+        for attempt in range(retry_incomplete + 1):
+            places = _first_places(keys, own & store.unfinished(keys, attempt))
+            if not len(places):
+                continue
+            to_do = np.zeros(len(keys), bool)
+            to_do[places] = True
+            texts = ((self._key(text), text) for _, text in itertools.compress(side_texts(collection, side), to_do))
+            shares = f" (process 1 of {num_processes()})" if num_processes() > 1 else ""
+            with tqdm(
+                total=len(keys) if num_processes() == 1 and not attempt else len(places),
+                initial=len(keys) - len(places) if num_processes() == 1 and not attempt else 0,
+                desc=f"{'Trying again' if attempt else 'Augmenting'} {FILES[side][:-6]}{shares}",
+                unit=" texts",
+                disable=process_index() > 0,
+            ) as progress:
+                count, tokens = self._record(side, texts, attempt, store, progress)
+            num_texts, num_tokens = num_texts + count, num_tokens + tokens
+            store.refresh()
+        self.throughput[side] = Throughput(num_texts, num_tokens, time.perf_counter() - start)
+        if store.unfinished(keys[own], retry_incomplete).any():
+            raise InputError(
+                f"{collection.name} has changed while it was augmented; run the same command again, which generates "
+                "for the changed texts only."
+            )
+
+    def _record(
+        self, side: str, texts: Iterator[tuple[str, str]], attempt: int, store: AnswerStore, progress: tqdm
+    ) -> tuple[int, int]:
+        """Generates for texts with their keys, and writes shards; returns how many texts and tokens that were."""
+        num_texts = num_tokens = 0
+        rows, since = [], time.monotonic()
+        temperature = RETRY_TEMPERATURE if attempt else 0.0
+        try:
+            for key, augmentation, completion in self._augment(side, texts, temperature, seed=attempt):
+                rows.append(
+                    {
+                        "key": key,
                         "augmentation": augmentation.answer,
                         "complete": augmentation.complete,
-                        "text_hash": text_hash[id_],
                         "truncated": augmentation.truncated,
+                        "attempt": attempt,
                     }
-                    file.write(json.dumps(done[id_], ensure_ascii=False) + "\n")
-                file.flush()
-                progress.update(len(ids))
-        # Queries of other splits stay; a document that has left the corpus goes.
-        others = [row for id_, row in done.items() if id_ not in texts] if side == "query" else []
-        rows = [done[id_] for id_ in texts] + others
-        write_jsonl(texts_path, ({key: row[key] for key in _TEXT_KEYS} for row in rows))
-        write_jsonl(path, ({key: row[key] for key in _ANSWER_KEYS} for row in rows))
-        partial.unlink()
-        return {
-            "texts": len(rows),
-            "empty": sum(not row["augmentation"] for row in rows),
-            "incomplete": sum(not row["complete"] for row in rows),
-            "truncated": sum(row["truncated"] for row in rows),
-        }
+                )
+                num_texts, num_tokens = num_texts + 1, num_tokens + completion.num_tokens
+                progress.set_postfix_str(f"{num_tokens:,} tokens generated", refresh=False)
+                progress.update()
+                if len(rows) >= SHARD_TEXTS or time.monotonic() - since > SHARD_SECONDS:
+                    store.add(rows)
+                    rows, since = [], time.monotonic()
+        finally:  # an interruption, or a server that stays down, loses nothing that is finished
+            if rows:
+                store.add(rows)
+        return num_texts, num_tokens
+
+    def _write_answers(
+        self, collection: Collection, side: str, keys: np.ndarray, store: AnswerStore, path: Path
+    ) -> dict[str, Any]:
+        """Writes the file of one side from the store, and counts."""
+        counts = {"texts": 0, "empty": 0, "incomplete": 0, "truncated": 0}
+        retried = {"texts": 0, "repaired": 0, "temperature": RETRY_TEMPERATURE}
+
+        def count(row: dict[str, Any]) -> dict[str, Any]:
+            counts["texts"] += 1
+            counts["empty"] += not row["augmentation"]
+            counts["incomplete"] += not row["complete"]
+            counts["truncated"] += row.get("truncated", False)
+            if row.get("attempt", 0):
+                retried["texts"] += 1
+                retried["repaired"] += row["complete"]
+            return row
+
+        def rows() -> Iterator[dict[str, Any]]:
+            texts = tqdm(
+                side_texts(collection, side), f"Writing {path.name}", len(keys), unit=" texts", delay=2, leave=False
+            )
+            written = set()
+            for (id_, text), key, place in zip(texts, keys.tolist(), store.find(keys).tolist(), strict=True):
+                if int(self._key(text), 16) != key:
+                    raise InputError(f"{collection.name} has changed while it was augmented; run the command again.")
+                if side == "query":
+                    written.add(id_)
+                yield _answer_row(id_, count(store.row(place)))
+            if side == "query":  # those of other splits stay; a document that has left the corpus goes
+                yield from (count(row) for row in others if row["_id"] not in written)
+
+        others = list(_read_rows(path)) if side == "query" else []
+        write_jsonl(path, rows())
+        return counts | ({"retried": retried} if retried["texts"] else {})
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; use at least 1, such as 32.")
+
+
+def _prepare(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def _prompt_tokens(settings: PolicySettings, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest prompt around a text, and some more where text and prompt meet."""
+    prompt_set = settings.prompt_set
+    return max(len(tokenizer(getattr(prompt_set, side))["input_ids"]) for side in prompt_set.sides) + 64
+
+
+def _shards_folder(output_dir: Path, side: str) -> Path:
+    return (output_dir / FILES[side]).with_suffix(".shards")
+
+
+def _first_places(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Where each of the wanted keys stands first."""
+    places = np.flatnonzero(wanted)
+    return np.sort(places[np.unique(keys[places], return_index=True)[1]])
+
+
+def _wait_for_others(keys: np.ndarray, store: AnswerStore, retry_incomplete: int) -> None:
+    """Waits until the other processes have written their shares; if one fails, the launcher ends this one, too."""
+    if num_processes() == 1:
+        return
+    with tqdm(desc="Waiting for the other processes", unit=" texts", delay=2, leave=False) as progress:
+        while missing := int(store.unfinished(keys, retry_incomplete).sum()):
+            progress.set_postfix_str(f"{missing:,} texts missing")
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            store.refresh()
+
+
+def _answer_row(id_: str, row: dict[str, Any]) -> dict[str, Any]:
+    return {"_id": id_, "augmentation": row["augmentation"], "complete": row["complete"]}
+
+
+def describe_seconds(seconds: float) -> str:
+    """A time, to two units."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes} min" if hours else f"{minutes} min {seconds} s"
 
 
 @dataclass(frozen=True)
@@ -325,7 +632,7 @@ class AugmentedCollection:
             path = folder / FILES[side]
             if path.is_file():
                 answers[side] = {row["_id"]: row["augmentation"] for row in _read_rows(path)}
-            elif path.with_suffix(".partial.jsonl").is_file():
+            elif path.with_suffix(".shards").is_dir() or path.with_suffix(".partial.jsonl").is_file():
                 raise InputError(f"{path} was begun but not finished; run coaug augment again to go on.")
         if not answers:
             wanted = " or ".join(FILES[side] for side in sides)
@@ -381,19 +688,22 @@ class AugmentedCollection:
         return answers
 
 
-def side_texts(collection: Collection, side: str) -> dict[str, str]:
-    """The texts of one side as the model reads them, by id: all documents, or the judged queries."""
+def side_texts(collection: Collection, side: str) -> Iterator[tuple[str, str]]:
+    """Ids and texts of one side, as the model reads them: all documents, or the judged queries."""
     if side == "query":
-        return {id_: collection.queries[id_] for id_ in collection.qrels}
-    return {id_: document_text(document) for id_, document in collection.corpus.items()}
+        return ((id_, collection.queries[id_]) for id_ in collection.qrels)
+    return ((document.id, document_text(document)) for document in collection.corpus.values())
 
 
 def describe_side(side: str, counts: dict[str, Any]) -> str:
     """A line on one side of a manifest."""
-    return (
+    line = (
         f"{side}: {counts['texts']:,} texts, {counts['empty']:,} left as they were, {counts['incomplete']:,} answers "
         f"incomplete, {counts['truncated']:,} texts cut"
     )
+    if retried := counts.get("retried"):
+        line += f"; {retried['texts']:,} answers were tried again, of which {retried['repaired']:,} are complete"
+    return line
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
@@ -438,37 +748,39 @@ def _refuse_mixture(folder: Path, previous: dict[str, Any], manifest: dict[str, 
             )
 
 
-def _read_rows(path: Path, keys: Iterable[str] = _ANSWER_KEYS) -> Iterator[dict[str, Any]]:
-    """The rows of a file of this module; none if there is no such file."""
+def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file of answers; none if there is no such file."""
     if not path.is_file():
         return
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)
-                if not isinstance(row["_id"], str) or not isinstance(row.get("augmentation", ""), str):
+                if not isinstance(row["_id"], str) or not isinstance(row["augmentation"], str):
                     raise TypeError
-                row = {key: row[key] for key in keys}
+                row = {key: row[key] for key in _ANSWER_KEYS}
             except (ValueError, KeyError, TypeError):
                 raise InputError(
-                    f"{path}, line {number}: not a row of {', '.join(keys)}; mend or delete it and run coaug augment "
-                    "again."
+                    f"{path}, line {number}: not a row of {', '.join(_ANSWER_KEYS)}; delete the file and run coaug "
+                    "augment again, which writes it from what is recorded."
                 ) from None
             yield row
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Cuts what follows the last line break, the rest of a write that was interrupted."""
-    if path.is_file():
-        content = path.read_bytes()
-        if content and not content.endswith(b"\n"):
-            os.truncate(path, content.rfind(b"\n") + 1)
+def _revision_of(model_name_or_path: str, revision: str | None, trust_remote_code: bool) -> str | None:
+    """Fingerprint of a folder's weights, or the commit of a model on the Hub."""
+    if Path(model_name_or_path).is_dir():
+        # Where a server has the weights, the folder may hold the tokenizer only.
+        return _folder_hash(model_name_or_path) or revision
+    config = AutoConfig.from_pretrained(model_name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+    return getattr(config, "_commit_hash", None) or revision
 
 
-def _folder_hash(folder: str | Path) -> str:
-    """First 16 hexadecimal digits of a SHA-256 over the weights of a model folder."""
+def _folder_hash(folder: str | Path) -> str | None:
+    """First 16 hexadecimal digits of a SHA-256 over the weights of a model folder, if there are any."""
+    paths = sorted(Path(folder).glob("*.safetensors"))
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in paths:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:16] if paths else None

@@ -275,7 +275,7 @@ def augment_systems(
             if name == "untrained" and trained and trained.prompt_set.sides == SIDES:
                 settings = PolicySettings(trained.prompt_set, generation or trained.generation)
             augmenter = Augmenter(
-                loaded.model, loaded.tokenizer, settings, batch_size, name=loaded.name, revision=loaded.revision
+                loaded.engine, loaded.tokenizer, settings, batch_size, name=loaded.name, revision=loaded.revision
             )
             _augment(augmenter, name, sides, collection, output_dir)
         del loaded, augmenter  # makes room for the policy

@@ -1,15 +1,18 @@
 """The `coaug` command."""
 
 import argparse
+import errno
 import json
+import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from . import __version__
-from .errors import InputError
+from .errors import InputError, TrainingStopped
 
 
 # Everything heavier is imported by the command that needs it, so that --help answers at once.
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from .data import Collection
     from .policy import GenerationSettings
     from .retrieval import Retriever
+    from .search import Timing
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
             Command line; defaults to that of the process.
 
     Returns:
-        `int`: exit code: 0, 2 for bad input, 130 when interrupted.
+        `int`: exit code: 0, 1 for training that stopped itself, 2 for bad input, 130 when interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["train"]:  # its options are those of three dataclasses, which TRL's parser reads
@@ -56,10 +60,15 @@ def run_command(command: Callable[[], None], resumes: bool = False) -> int:
         print("error:", " ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)
         return 2
     except OSError as error:
-        if error.filename is None:  # not about a file the user named
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if error.filename is None and not full:  # not about a file the user named
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename or 'a file could not be written'}: {error.strerror or error}", file=sys.stderr)
         return 2
+    except TrainingStopped as stop:
+        if int(os.environ.get("RANK", 0)) == 0:  # all processes stop together, and one of them speaks
+            print(stop, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted" + ": the same command goes on from what has been saved" * resumes, file=sys.stderr)
         return 130
@@ -75,7 +84,13 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("train", help="train a policy; see coaug train --help", add_help=False)
 
-    augment = commands.add_parser("augment", help="augment queries, documents or both with a policy")
+    augment = commands.add_parser(
+        "augment",
+        help="augment queries, documents or both with a policy",
+        description="Augments the judged queries of a split, all documents, or both. The same command goes on after an "
+        "interruption, and generates only for texts that are new or have changed. Under accelerate launch "
+        "(scripts/augment.py) each process augments its share, on its own GPU; all must see the folder DIR.",
+    )
     augment.add_argument("--model", required=True, help="policy or any causal language model: a folder or a Hub id")
     augment.add_argument("--revision", help="revision of the model on the Hub")
     _add_collection(augment, "test")
@@ -87,7 +102,39 @@ def _parser() -> argparse.ArgumentParser:
     augment.add_argument("--prompt_set", metavar="FILE", help=_UNTRAINED.format("the package's"))
     augment.add_argument("--max_new_tokens", type=int, help=_UNTRAINED.format("512"))
     augment.add_argument("--repetition_penalty", type=float, help=_UNTRAINED.format("1.2"))
-    augment.add_argument("--batch_size", type=int, default=32, help="texts generated for at once; default: 32")
+    augment.add_argument(
+        "--engine", choices=["vllm", "transformers"], help="what generates; default: vllm where installed"
+    )
+    augment.add_argument(
+        "--server", metavar="URL", help="server with the OpenAI protocol that generates instead, such as vllm serve M"
+    )
+    augment.add_argument(
+        "--server_concurrency", type=int, default=64, metavar="N", help="requests to the server at once; default: 64"
+    )
+    augment.add_argument(
+        "--batch_size", type=int, default=32, help="texts generated for at once by transformers; default: 32"
+    )
+    augment.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="of the weights, for vllm and transformers; default: as they are saved",
+    )
+    augment.add_argument(
+        "--gpu_memory_utilization", type=float, metavar="SHARE", help="of the GPU's memory, for vllm; default: 0.9"
+    )
+    augment.add_argument(
+        "--retry_incomplete",
+        type=int,
+        nargs="?",
+        const=1,
+        default=0,
+        metavar="TIMES",
+        help="try incomplete answers again, by sampling, so often in all; without a number once",
+    )
+    augment.add_argument(
+        "--dry_run", action="store_true", help="estimate tokens, time and disk from a sample, and write nothing"
+    )
     augment.set_defaults(run=_augment)
 
     index = commands.add_parser("index", help="index a collection, with or without augmentations, to search it")
@@ -102,6 +149,9 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--model", help="policy that augments the queries: a folder or a Hub id; default: none")
     search.add_argument("--k", type=int, default=10, help="hits for a query; default: 10")
     search.add_argument("--json", action="store_true", help="print a JSON object for each query")
+    search.add_argument(
+        "--timing", action="store_true", help="search for one query at a time, and print how long its parts take"
+    )
     search.add_argument("queries", nargs="+", metavar="QUERY", help="text to search for")
     search.set_defaults(run=_search)
 
@@ -197,23 +247,48 @@ def _sides(side: str) -> tuple[str, ...]:
 def _augment(options: argparse.Namespace) -> None:
     from .augment import MANIFEST, Augmenter, describe_side
     from .data import Collection
+    from .engines import best_engine, num_processes, process_index
     from .policy import PolicySettings
     from .prompts import PromptSet
 
-    collection = Collection.load(options.collection, options.split)
-    print(collection.summary())
+    if options.retry_incomplete < 0:
+        raise InputError(f"--retry_incomplete is {options.retry_incomplete}; use 0 or more.")
+    if options.server and options.engine:
+        raise InputError("--server and --engine are both given, and only one of them can generate; leave one out.")
+    main = process_index() == 0
+    collection = Collection.load(options.collection, options.split, stream=True)
+    if main:
+        print(collection.summary())
     trained = PolicySettings.load(options.model) if Path(options.model).is_dir() else None
     prompt_set = PromptSet.load(options.prompt_set) if options.prompt_set else None
     generation = _generation(options)
     if trained is None:
         prompt_set = prompt_set or PromptSet.default("dense" if options.retriever == "dense" else "sparse")
     augmenter = Augmenter.from_pretrained(
-        options.model, prompt_set, generation, batch_size=options.batch_size, revision=options.revision
+        options.model,
+        prompt_set,
+        generation,
+        batch_size=options.batch_size,
+        revision=options.revision,
+        engine=options.engine or best_engine(),
+        server=options.server,
+        server_concurrency=options.server_concurrency,
+        dtype=options.dtype,
+        gpu_memory_utilization=options.gpu_memory_utilization,
     )
     sides = _sides(options.side) if options.side else augmenter.settings.sides
-    manifest = augmenter.augment_collection(collection, options.output, sides)
+    if options.dry_run:
+        for side in sides if main else ():
+            print(f"{side}: {augmenter.estimate(collection, options.output, side)}")
+        return
+    manifest = augmenter.augment_collection(collection, options.output, sides, options.retry_incomplete)
+    if not main:
+        return
     for side, counts in manifest["sides"].items():
         print(describe_side(side, counts))
+    shares = f" by process 1 of {num_processes()}" * (num_processes() > 1)
+    for side, throughput in augmenter.throughput.items():
+        print(f"{side}{shares}: {throughput}")
     print(f"{Path(options.output) / MANIFEST}")
 
 
@@ -259,13 +334,41 @@ def _search(options: argparse.Namespace) -> None:
     check_depth(options.k)
     from .search import SearchIndex
 
+    start = time.perf_counter()
     index = SearchIndex.load(options.index)
     augmenter = index.augmenter(options.model) if options.model else None
-    for result in index.search(options.queries, options.k, augmenter):
+    if options.timing:
+        index.search(options.queries[:1], options.k, augmenter)  # the first one loads what the others find loaded
+        loading = time.perf_counter() - start
+        results, timings = index.search_timed(options.queries, options.k, augmenter)
+    else:
+        results, timings = index.search(options.queries, options.k, augmenter), None
+    for place, result in enumerate(results):
         if options.json:
-            print(json.dumps(result._asdict(), ensure_ascii=False))
+            seconds = {"seconds": timings[place]._asdict() | {"total": timings[place].total}} if timings else {}
+            print(json.dumps(result._asdict() | seconds, ensure_ascii=False))
         else:
             _print_hits(*result)
+    if timings:
+        _print_timings(loading, timings, sys.stderr if options.json else sys.stdout)
+
+
+def _print_timings(loading: float, timings: list["Timing"], file: TextIO) -> None:
+    from statistics import median
+
+    import numpy as np
+
+    print(f"loaded in {loading:.2f} s, a first query included; then, for one query at a time:", file=file)
+    print(f"{'ms':>8}{'augment':>10}{'search':>10}{'total':>10}", file=file)
+    parts = [[1000 * part for part in (*timing, timing.total)] for timing in timings]
+    rows = {"query": parts[0]}
+    if len(parts) > 1:
+        rows = {
+            "median": [median(column) for column in zip(*parts, strict=True)],
+            "p95": np.percentile(parts, 95, axis=0),
+        }
+    for name, row in rows.items():
+        print(f"{name:>8}" + "".join(f"{value:>10.1f}" for value in row), file=file)
 
 
 def _print_hits(query: str, answer: str | None, rows: list[dict[str, Any]]) -> None:

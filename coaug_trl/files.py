@@ -17,6 +17,8 @@ def atomic_open(path: str | Path) -> Iterator[TextIO]:
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the name without the content
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

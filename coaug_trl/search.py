@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,26 @@ class Result(NamedTuple):
     query: str
     augmentation: str | None
     hits: list[dict[str, Any]]
+
+
+class Timing(NamedTuple):
+    """
+    How long the parts of a search took, in seconds.
+
+    Args:
+        augment (`float`):
+            Augmenting the query.
+        search (`float`):
+            Finding documents and reading their texts.
+    """
+
+    augment: float
+    search: float
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.augment + self.search
 
 
 @dataclass(frozen=True)
@@ -198,9 +219,44 @@ class SearchIndex:
         Raises:
             `InputError`: The folder lacks a document that was found.
         """
-        answers, texts = [None] * len(queries), list(queries)
+        return self._find(queries, self._answers(queries, augmenter), k, augmenter)
+
+    def search_timed(
+        self, queries: Sequence[str], k: int = 10, augmenter: "Augmenter | None" = None
+    ) -> tuple[list[Result], list[Timing]]:
+        """
+        Searches for queries one at a time, as they come to a server, and measures how long each takes.
+
+        Args:
+            queries (`Sequence[str]`):
+                As in [`search`].
+            k (`int`, *optional*, defaults to `10`):
+                Likewise.
+            augmenter ([`~coaug_trl.Augmenter`], *optional*):
+                Likewise.
+
+        Returns:
+            `tuple[list[Result], list[Timing]]`: one each for each query.
+        """
+        results, timings = [], []
+        for query in queries:
+            start = time.perf_counter()
+            answers = self._answers([query], augmenter)
+            augmented = time.perf_counter()
+            results += self._find([query], answers, k, augmenter)
+            timings.append(Timing(augmented - start, time.perf_counter() - augmented))
+        return results, timings
+
+    def _answers(self, queries: Sequence[str], augmenter: "Augmenter | None") -> list[str | None]:
+        if augmenter is None:
+            return [None] * len(queries)
+        return [augmentation.answer for augmentation in augmenter.generate("query", list(queries))]
+
+    def _find(
+        self, queries: Sequence[str], answers: list[str | None], k: int, augmenter: "Augmenter | None"
+    ) -> list[Result]:
+        texts = list(queries)
         if augmenter:
-            answers = [augmentation.answer for augmentation in augmenter.generate("query", texts)]
             compose_query = augmenter.settings.prompt_set.compose_query
             texts = [compose_query(query, answer) for query, answer in zip(queries, answers, strict=True)]
         found = self.retriever.search(texts, k)

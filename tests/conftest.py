@@ -148,7 +148,7 @@ def refused(coaug):
     return run
 
 
-def teach_answers(folder: Path, texts: list[str], steps: int = 150) -> Path:
+def teach_answers(folder: Path, texts: list[str], steps: int = 150, learning_rate: float = 5e-3) -> Path:
     """Teaches a tiny model to answer any prompt with some words of the collection between the tags."""
     import random
 
@@ -162,7 +162,7 @@ def teach_answers(folder: Path, texts: list[str], steps: int = 150) -> Path:
     prompt_set = PromptSet("sparse", "query:", "document:")
     words = sorted({word for text in texts for word in text.split()})
     draw = random.Random(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     for _ in range(steps):
         examples = []
         for text in draw.sample(texts, 16):

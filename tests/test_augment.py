@@ -1,14 +1,24 @@
+import hashlib
 import json
+import multiprocessing
+import os
+import random
+import re
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from coaug_trl import Augmenter, BM25Retriever, Document, InputError, PromptSet
+from coaug_trl import Augmenter, BM25Retriever, Collection, Document, InputError, PromptSet, augment
 from coaug_trl.augment import Augmentation, AugmentedCollection, side_texts
+from coaug_trl.engines import Completion, TransformersEngine
 from coaug_trl.policy import GenerationSettings, PolicySettings
 from coaug_trl.prompts import extract_answer
 
@@ -16,6 +26,8 @@ from coaug_trl.prompts import extract_answer
 PROMPT_SET = PromptSet("sparse", "query:", "document:")
 GENERATION = GenerationSettings(max_new_tokens=24, repetition_penalty=1.2)
 ANSWER_FILES = ("queries.jsonl", "documents.jsonl")
+ROOT = Path(__file__).parent.parent
+CPU_2 = "recipes/accelerate_configs/cpu-2.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +46,7 @@ def tokenizer(tiny_model):
     return AutoTokenizer.from_pretrained(tiny_model)
 
 
-class CountingAugmenter(Augmenter):
+class CountingEngine(TransformersEngine):
     """Counts the texts it generates for, and can be interrupted before a batch as Ctrl-C interrupts."""
 
     interrupt_at = None
@@ -43,18 +55,19 @@ class CountingAugmenter(Augmenter):
         super().__init__(*args, **kwargs)
         self.generated = []
 
-    def _complete(self, prompts):
+    def complete_batch(self, prompts, *args):
         if self.interrupt_at is not None and len(self.generated) >= self.interrupt_at:
             raise KeyboardInterrupt
-        self.generated += prompts
-        return super()._complete(prompts)
+        self.generated += self.tokenizer.batch_decode(prompts)
+        return super().complete_batch(prompts, *args)
 
 
 @pytest.fixture
 def make_augmenter(model, tokenizer):
     def make(prompt_set=PROMPT_SET, generation=GENERATION, **kwargs):
         kwargs = {"batch_size": 5, "name": "tiny", "revision": "1"} | kwargs
-        return CountingAugmenter(model, tokenizer, PolicySettings(prompt_set, generation), **kwargs)
+        engine = CountingEngine(model, tokenizer, kwargs["batch_size"])
+        return Augmenter(engine, tokenizer, PolicySettings(prompt_set, generation), **kwargs)
 
     return make
 
@@ -64,7 +77,12 @@ def read_rows(path):
 
 
 def folder_content(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    """Of the files that are read; shards differ by how the work was cut up."""
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+
+
+def user_text(prompt):
+    return re.search(r"<\|im_start\|>user\n(.*)<\|im_end\|>\n<\|im_start\|>assistant", prompt, re.DOTALL).group(1)
 
 
 # Generation
@@ -86,7 +104,7 @@ def answer_alone(model, tokenizer, side, text):
 def test_a_batch_of_different_lengths_gets_the_answers_each_text_gets_alone(
     make_augmenter, model, tokenizer, small, side
 ):
-    texts = [text for each in ("query", "document") for text in side_texts(small, each).values()]
+    texts = [text for each in ("query", "document") for _, text in side_texts(small, each)]
     texts[3] += " " + " ".join(texts)
     assert len({len(tokenizer(text).input_ids) for text in texts}) > 5
     alone = [answer_alone(model, tokenizer, side, text) for text in texts]
@@ -99,7 +117,7 @@ def test_a_batch_of_different_lengths_gets_the_answers_each_text_gets_alone(
 def test_the_repetition_penalty_does_not_read_the_padding(model, tiny_model, small):
     # Many models are padded with a token that they also write; here it is the first visible one of the answers.
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    augmenter = CountingAugmenter(model, tokenizer, PolicySettings(PROMPT_SET, GenerationSettings(24, 20.0)))
+    augmenter = Augmenter(model, tokenizer, PolicySettings(PROMPT_SET, GenerationSettings(24, 20.0)))
     texts = [*small.queries.values(), "a much longer text " * 20]
     completion = answer_alone(model, tokenizer, "query", texts[0])
     written = tokenizer.tokenize(completion)
@@ -137,7 +155,7 @@ def test_an_answer_ends_at_the_longest_length(make_augmenter, small):
 )
 def test_an_answer_is_complete_if_its_tags_are(make_augmenter, completion, expected):
     augmenter = make_augmenter()
-    augmenter._complete = lambda prompts: [completion for _ in prompts]
+    augmenter.engine.complete_batch = lambda prompts, *args: [Completion(completion, 1) for _ in prompts]
     assert augmenter.generate("query", ["text"]) == [expected]
 
 
@@ -145,8 +163,10 @@ def test_the_prompt_of_each_side_is_used(make_augmenter):
     augmenter = make_augmenter()
     augmenter.generate("query", ["salt"])
     augmenter.generate("document", ["salt"])
-    assert [prompt[0]["content"] for prompt in augmenter.generated] == ["query:", "document:"]
-    assert [prompt[1]["content"] for prompt in augmenter.generated] == ["salt", "salt"]
+    assert augmenter.engine.generated == [
+        f"<|im_start|>system\n{side}:<|im_end|>\n<|im_start|>user\nsalt<|im_end|>\n<|im_start|>assistant\n"
+        for side in ("query", "document")
+    ]
 
 
 def test_long_documents_are_cut_before_the_model_reads_them_and_queries_are_not(make_augmenter, tokenizer):
@@ -154,7 +174,8 @@ def test_long_documents_are_cut_before_the_model_reads_them_and_queries_are_not(
     long, short = "wheat bread and stomach pain", "salt"
     assert [each.truncated for each in augmenter.generate("document", [long, short])] == [True, False]
     assert [each.truncated for each in augmenter.generate("query", [long])] == [False]
-    read = [prompt[1]["content"] for prompt in augmenter.generated]
+    # the longest prompt of a call is first
+    read = [user_text(prompt) for prompt in augmenter.engine.generated]
     assert len(tokenizer(read[0], add_special_tokens=False).input_ids) == 4
     assert long.startswith(read[0])
     assert read[1:] == [short, long]
@@ -163,9 +184,9 @@ def test_long_documents_are_cut_before_the_model_reads_them_and_queries_are_not(
 def test_a_model_without_a_chat_template_reads_plain_text(model, tiny_model, small):
     plain = AutoTokenizer.from_pretrained(tiny_model)
     plain.chat_template = None
-    augmenter = CountingAugmenter(model, plain, PolicySettings(PROMPT_SET, GENERATION))
+    augmenter = Augmenter(CountingEngine(model, plain), plain, PolicySettings(PROMPT_SET, GENERATION), name="tiny")
     assert len(augmenter.generate("query", list(small.queries.values()))) == len(small.queries)
-    assert augmenter.generated[0] == f"query:\n\n{next(iter(small.queries.values()))}\n\n"
+    assert set(augmenter.engine.generated) == {f"query:\n\n{text}\n\n" for text in small.queries.values()}
 
 
 def test_sizes_that_cannot_work_are_refused(make_augmenter):
@@ -184,14 +205,13 @@ def test_the_folder_holds_a_row_for_each_text_in_the_collections_order(make_augm
     augmenter = make_augmenter()
     augmenter.augment_collection(small, tmp_path)
     for side, name in zip(("query", "document"), ANSWER_FILES, strict=True):
-        texts = side_texts(small, side)
+        texts = dict(side_texts(small, side))
         rows = read_rows(tmp_path / name)
         assert [list(row) for row in rows] == [["_id", "augmentation", "complete"]] * len(texts)
         assert [row["_id"] for row in rows] == list(texts)
         alone = make_augmenter(batch_size=1).generate(side, list(texts.values()))
         assert [row["augmentation"] for row in rows] == [augmentation.answer for augmentation in alone]
         assert [row["complete"] for row in rows] == [augmentation.complete for augmentation in alone]
-    assert not list(tmp_path.glob("*partial*"))
     assert PromptSet.load(tmp_path) == PROMPT_SET
 
 
@@ -213,7 +233,7 @@ def test_the_manifest_says_where_the_answers_come_from(make_augmenter, small, tm
         "truncated": 0,
         "splits": ["dev"],
     }
-    _, num_cut = prompt_set.truncate(list(side_texts(small, "document").values()), make_augmenter().tokenizer)
+    _, num_cut = prompt_set.truncate([text for _, text in side_texts(small, "document")], make_augmenter().tokenizer)
     assert 0 < num_cut < 12
     assert manifest["sides"]["document"] == {
         "texts": 12,
@@ -228,7 +248,7 @@ def test_one_side_can_be_augmented_and_the_other_later(make_augmenter, small, tm
     assert not (tmp_path / "documents.jsonl").exists()
     later = make_augmenter()
     assert set(later.augment_collection(small, tmp_path, ["document"])["sides"]) == {"query", "document"}
-    assert len(later.generated) == 12
+    assert len(later.engine.generated) == 12
 
 
 @pytest.mark.parametrize("interrupt_at", [0, 5, 8, 13, 18])
@@ -238,7 +258,7 @@ def test_interrupted_work_is_taken_up_where_it_stopped(make_augmenter, small, tm
     whole.augment_collection(small, tmp_path / "whole")
 
     interrupted = make_augmenter(prompt_set)
-    interrupted.interrupt_at = interrupt_at
+    interrupted.engine.interrupt_at = interrupt_at
     with pytest.raises(KeyboardInterrupt):
         interrupted.augment_collection(small, tmp_path / "resumed")
     with pytest.raises(InputError, match="coaug augment"):
@@ -246,25 +266,9 @@ def test_interrupted_work_is_taken_up_where_it_stopped(make_augmenter, small, tm
 
     resumed = make_augmenter(prompt_set)
     resumed.augment_collection(small, tmp_path / "resumed")
-    assert interrupted.generated + resumed.generated == whole.generated
+    assert len(interrupted.engine.generated) >= interrupt_at
+    assert sorted(interrupted.engine.generated + resumed.engine.generated) == sorted(whole.engine.generated)
     assert folder_content(tmp_path / "resumed") == folder_content(tmp_path / "whole")
-
-
-def test_a_line_torn_by_the_interruption_is_dropped(make_augmenter, small, tmp_path):
-    make_augmenter().augment_collection(small, tmp_path / "whole", ["document"])
-    interrupted = make_augmenter()
-    interrupted.interrupt_at = 5
-    with pytest.raises(KeyboardInterrupt):
-        interrupted.augment_collection(small, tmp_path / "torn", ["document"])
-    partial = tmp_path / "torn" / "documents.partial.jsonl"
-    lines = partial.read_text(encoding="utf-8").splitlines(keepends=True)
-    assert len(lines) == 5
-    partial.write_text("".join(lines[:4]) + lines[4][:-7], encoding="utf-8")
-
-    resumed = make_augmenter()
-    resumed.augment_collection(small, tmp_path / "torn", ["document"])
-    assert len(resumed.generated) == 8
-    assert folder_content(tmp_path / "torn") == folder_content(tmp_path / "whole")
 
 
 def test_a_second_call_changes_nothing(make_augmenter, small, tmp_path):
@@ -273,7 +277,7 @@ def test_a_second_call_changes_nothing(make_augmenter, small, tmp_path):
     before = folder_content(tmp_path)
     again = make_augmenter(prompt_set)
     assert again.augment_collection(small, tmp_path) == first
-    assert again.generated == []
+    assert again.engine.generated == []
     assert folder_content(tmp_path) == before
 
 
@@ -287,7 +291,7 @@ def test_only_changed_and_new_texts_are_augmented_again(make_augmenter, small, t
 
     augmenter = make_augmenter()
     augmenter.augment_collection(changed, tmp_path)
-    assert sorted(prompt[1]["content"] for prompt in augmenter.generated) == [
+    assert sorted(map(user_text, augmenter.engine.generated)) == [
         "Birch trees and sneezing fits.",
         "On statins\nRewritten: salty snacks and brittle bones.",
     ]
@@ -305,7 +309,7 @@ def test_queries_of_several_splits_share_a_folder(make_augmenter, collection, sm
     assert list(augmented.queries(test_split)) == list(test_split.qrels)
     again = make_augmenter()
     again.augment_collection(small, tmp_path, ["query"])
-    assert again.generated == []
+    assert again.engine.generated == []
 
 
 @pytest.mark.parametrize(
@@ -465,12 +469,13 @@ def test_a_folder_without_augmentations_is_refused(tmp_path):
 
 def test_a_side_that_is_not_there_is_refused(own_folder):
     (own_folder / "queries.jsonl").unlink()
+    shutil.rmtree(own_folder / "queries.shards")
     with pytest.raises(InputError, match="there is no queries.jsonl yet"):
         AugmentedCollection.load(own_folder, ["query"])
 
 
 def test_a_side_begun_and_not_finished_is_refused_though_the_other_is_there(own_folder):
-    (own_folder / "documents.jsonl").rename(own_folder / "documents.partial.jsonl")
+    (own_folder / "documents.jsonl").unlink()
     with pytest.raises(InputError, match="documents.jsonl was begun but not finished; run coaug augment again"):
         AugmentedCollection.load(own_folder)
     assert set(AugmentedCollection.load(own_folder, ["query"]).answers) == {"query"}
@@ -495,8 +500,11 @@ def test_a_damaged_line_is_refused_by_file_and_number_whoever_reads_it(own_folde
     path.write_text("\n".join([*lines[:2], line, *lines[3:]]) + "\n", encoding="latin-1")
     with pytest.raises(InputError, match="documents.jsonl, line 3: not a row"):
         AugmentedCollection.load(own_folder)
-    with pytest.raises(InputError, match="documents.jsonl, line 3: not a row"):
-        make_augmenter(revision=None).augment_collection(small, own_folder)
+    # the shards have what the file had
+    augmenter = make_augmenter(revision=None)
+    augmenter.augment_collection(small, own_folder)
+    assert augmenter.engine.generated == []
+    assert path.read_text(encoding="utf-8").splitlines() == lines
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}"])
@@ -512,3 +520,236 @@ def test_a_modified_prompt_set_beside_augmentations_is_detected(own_folder):
     replace(PROMPT_SET, query_repeats=5).save(own_folder)
     with pytest.raises(InputError, match=f"the prompt set has the hash .*made with {PROMPT_SET.hash}"):
         AugmentedCollection.load(own_folder)
+
+
+# The store
+
+
+@pytest.fixture
+def large_folder(beir_folder, tmp_path):
+    """400 documents, and what the tiny model can be asked with."""
+    folder = Path(shutil.copytree(beir_folder, tmp_path / "large"))
+    with open(folder / "corpus.jsonl", "a", encoding="utf-8") as file:
+        for number in range(360):
+            file.write(json.dumps({"_id": f"more-{number}", "text": f"Salty snacks of the kind {number}."}) + "\n")
+    PROMPT_SET.save(tmp_path)
+    return folder
+
+
+def augment_command(tiny_model, folder, output, *options):
+    arguments = ["augment", "--model", tiny_model, "--collection", folder, "--side", "document", "--output", output]
+    arguments += ["--prompt_set", folder.parent / "prompt_set.yaml", "--max_new_tokens", 8, "--batch_size", 4]
+    arguments += ["--engine", "transformers"]
+    return [str(argument) for argument in (*arguments, *options)]
+
+
+def read_shards(folder):
+    """Rows of all shards, each of which must be whole and have the SHA-256 of its name."""
+    rows = []
+    for path in folder.glob("*.jsonl"):
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.stem
+        rows += read_rows(path)
+    return rows
+
+
+def test_a_process_killed_at_any_moment_loses_what_it_had_not_recorded(
+    make_augmenter, large_folder, tmp_path, monkeypatch
+):
+    """Twenty kills; nothing recorded may be lost, repeated or torn, and the files come out the same."""
+    monkeypatch.setattr(augment, "SHARD_TEXTS", 4)
+    large = Collection.load(large_folder, "dev", stream=True)
+    settings = {"batch_size": 4, "generation": GenerationSettings(8, 1.2)}
+    make_augmenter(**settings).augment_collection(large, tmp_path / "whole", ["document"])
+    draw = random.Random(0)
+    shards = tmp_path / "killed" / "documents.shards"
+    recorded, kills, seconds = {}, 0, 0.2
+    while kills < 20:
+        # A fork has the model already, so that it can be killed at its work rather than at its start.
+        process = multiprocessing.get_context("fork").Process(
+            target=make_augmenter(**settings).augment_collection, args=(large, tmp_path / "killed", ["document"])
+        )
+        process.start()
+        process.join(draw.uniform(0, seconds))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.join()
+        rows = read_shards(shards)
+        keys = [row["key"] for row in rows]
+        assert len(set(keys)) == len(keys)  # none was generated twice
+        now = {row["key"]: row["augmentation"] for row in rows}
+        assert recorded.items() <= now.items()
+        if (tmp_path / "killed" / "documents.jsonl").exists():  # done before it was killed: from the beginning
+            assert folder_content(tmp_path / "killed") == folder_content(tmp_path / "whole")
+            shutil.rmtree(tmp_path / "killed")
+            now = {}
+        elif len(now) == len(recorded):  # a slow machine is given more time
+            seconds *= 1.5
+        recorded = now
+    last = make_augmenter(**settings)
+    last.augment_collection(large, tmp_path / "killed", ["document"])
+    assert len(last.engine.generated) == 400 - len(recorded)
+    assert folder_content(tmp_path / "killed") == folder_content(tmp_path / "whole")
+    assert len(read_shards(shards)) == 400
+
+
+def test_a_damaged_shard_is_named_and_what_it_held_generated_again(
+    make_augmenter, small, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(augment, "SHARD_TEXTS", 5)
+    make_augmenter().augment_collection(small, tmp_path, ["document"])
+    before = folder_content(tmp_path)
+    shards = sorted((tmp_path / "documents.shards").iterdir())
+    assert len(shards) == 3
+    content = shards[0].read_bytes()
+    shards[0].write_bytes(content[:40] + b"?" + content[41:])
+    capsys.readouterr()
+    again = make_augmenter()
+    again.augment_collection(small, tmp_path, ["document"])
+    assert len(again.engine.generated) == content.count(b"\n")
+    assert f"{shards[0]} is damaged" in capsys.readouterr().err
+    assert shards[0].with_suffix(".damaged").is_file()
+    assert folder_content(tmp_path) == before
+
+
+def test_equal_texts_are_generated_once_and_order_does_not_matter(make_augmenter, small, tmp_path):
+    make_augmenter().augment_collection(small, tmp_path, ["document"])
+    documents = list(small.corpus.values())
+    twin = replace(documents[3], id="twin")
+    corpus = {document.id: document for document in [twin, *reversed(documents[2:])]}
+    augmenter = make_augmenter()
+    manifest = augmenter.augment_collection(replace(small, corpus=corpus), tmp_path, ["document"])
+    assert augmenter.engine.generated == []
+    assert manifest["sides"]["document"]["texts"] == 11
+    rows = {row["_id"]: row for row in read_rows(tmp_path / "documents.jsonl")}
+    assert list(rows) == list(corpus)
+    assert rows["twin"]["augmentation"] == rows[documents[3].id]["augmentation"]
+
+    fresh = make_augmenter()
+    fresh.augment_collection(replace(small, corpus=corpus), tmp_path / "fresh", ["document"])
+    assert len(fresh.engine.generated) == 10
+    assert read_rows(tmp_path / "fresh" / "documents.jsonl") == list(rows.values())
+
+
+def test_a_folder_of_an_earlier_version_is_refused(make_augmenter, small, tmp_path):
+    make_augmenter().augment_collection(small, tmp_path, ["query"])
+    (tmp_path / "documents.texts.jsonl").write_text("")
+    with pytest.raises(InputError, match="made by an earlier version, as documents.texts.jsonl shows"):
+        make_augmenter().augment_collection(small, tmp_path)
+
+
+def test_incomplete_answers_are_tried_again_and_no_others(make_augmenter, small, tmp_path):
+    # At this length some answers are cut, and some of those come out shorter when they are sampled.
+    settings = {"generation": GenerationSettings(4, 1.2)}
+    first = make_augmenter(**settings).augment_collection(small, tmp_path)["sides"]
+    before = {name: {row["_id"]: row for row in read_rows(tmp_path / name)} for name in ANSWER_FILES}
+    incomplete = sum(counts["incomplete"] for counts in first.values())
+    assert 1 < incomplete < 20
+    again = make_augmenter(**settings)
+    sides = again.augment_collection(small, tmp_path, retry_incomplete=3)["sides"]
+    assert len(again.engine.generated) >= incomplete
+    assert sum(counts["retried"]["texts"] for counts in sides.values() if "retried" in counts) == incomplete
+    repaired = sum(counts["retried"]["repaired"] for counts in sides.values() if "retried" in counts)
+    assert repaired > 0
+    assert sum(counts["incomplete"] for counts in sides.values()) == incomplete - repaired
+    for name, rows in before.items():
+        for row in read_rows(tmp_path / name):
+            assert row == rows[row["_id"]] or (row["complete"] and not rows[row["_id"]]["complete"])
+    # so often in all: the same command has nothing left to do, one that allows more has
+    once_more = make_augmenter(**settings)
+    assert once_more.augment_collection(small, tmp_path, retry_incomplete=3)["sides"] == sides
+    assert once_more.engine.generated == []
+    once_more.augment_collection(small, tmp_path, retry_incomplete=4)
+    assert len(once_more.engine.generated) == incomplete - repaired
+
+
+def test_a_streamed_corpus_gives_the_same_files(make_augmenter, beir_folder, collection, tmp_path):
+    streamed = Collection.load(beir_folder, "dev", stream=True)
+    assert not isinstance(streamed.corpus, dict)
+    assert streamed.summary() == collection.with_split("dev").summary()
+    make_augmenter().augment_collection(streamed, tmp_path / "streamed")
+    make_augmenter().augment_collection(collection.with_split("dev"), tmp_path / "loaded")
+    assert folder_content(tmp_path / "streamed") == folder_content(tmp_path / "loaded")
+
+
+def test_a_collection_that_changes_meanwhile_is_noticed(make_augmenter, beir_folder, tmp_path):
+    folder = Path(shutil.copytree(beir_folder, tmp_path / "collection"))
+    streamed = Collection.load(folder, "dev", stream=True)
+    augmenter = make_augmenter()
+    complete_batch = augmenter.engine.complete_batch
+
+    def change(*args):
+        corpus = (folder / "corpus.jsonl").read_text(encoding="utf-8")
+        (folder / "corpus.jsonl").write_text(corpus.replace("adult diets", "adult lives"), encoding="utf-8")
+        return complete_batch(*args)
+
+    augmenter.engine.complete_batch = change
+    with pytest.raises(InputError, match="has changed while it was augmented; run the"):
+        augmenter.augment_collection(streamed, tmp_path / "out", ["document"])
+
+
+def test_processes_share_the_work(coaug, tiny_model, large_folder, tmp_path):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / CPU_2]
+    arguments = augment_command(tiny_model, large_folder, tmp_path / "two")[1:]
+    done = subprocess.run(
+        [*map(str, launcher), str(ROOT / "scripts" / "augment.py"), *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("document: 400 texts") == 1  # one of them speaks
+    rows = read_shards(tmp_path / "two" / "documents.shards")
+    assert len(rows) == 400
+    assert len({int(row["key"], 16) % 2 for row in rows}) == 2
+    # one process has nothing left to do with what two have made
+    before = folder_content(tmp_path / "two")
+    code, printed, _ = coaug(*augment_command(tiny_model, large_folder, tmp_path / "two"))
+    assert code == 0
+    assert "document: 0 texts augmented" in printed
+    assert folder_content(tmp_path / "two") == before
+    assert coaug(*augment_command(tiny_model, large_folder, tmp_path / "one"))[0] == 0
+    assert folder_content(tmp_path / "one") == before
+
+
+def test_an_estimate_writes_nothing(coaug, tiny_model, large_folder, tmp_path):
+    command = augment_command(tiny_model, large_folder, tmp_path / "out")
+    code, printed, _ = coaug(*command, "--dry_run")
+    assert code == 0
+    assert "document: 400 texts, 400 to augment" in printed
+    assert "400 to 3,200 tokens" in printed
+    assert "4 texts took" in printed
+    assert not (tmp_path / "out").exists()
+    assert coaug(*command)[0] == 0
+    code, printed, _ = coaug(*command, "--dry_run")
+    assert "document: 400 texts, 0 to augment" in printed
+
+
+def test_the_estimate_of_the_prompts_is_what_the_model_reads(make_augmenter, small, tmp_path):
+    augmenter = make_augmenter()
+    estimate = augmenter.estimate(small, tmp_path / "none", "document")
+    augmenter = make_augmenter()
+    augmenter.augment_collection(small, tmp_path, ["document"])
+    tokens = sum(len(augmenter.tokenizer(prompt).input_ids) for prompt in augmenter.engine.generated)
+    assert estimate.prompt_tokens == tokens
+    assert estimate.sampled_prompts == 12
+    size = (tmp_path / "documents.jsonl").stat().st_size
+    size += sum(path.stat().st_size for path in (tmp_path / "documents.shards").iterdir())
+    assert estimate.bytes == pytest.approx(size, rel=0.5)
+    assert augmenter.throughput["document"].texts == 12
+
+
+def test_an_adapter_is_loaded_with_its_base_model(tiny_model, small, tokenizer, tmp_path):
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    texts = list(small.queries.values())
+    adapter = Augmenter.from_pretrained(str(tmp_path / "adapter"), PROMPT_SET, GENERATION)
+    merged = Augmenter(adapted.merge_and_unload(), tokenizer, PolicySettings(PROMPT_SET, GENERATION), name="merged")
+    assert adapter.generate("query", texts) == merged.generate("query", texts)
+    assert adapter.generate("query", texts) != Augmenter.from_pretrained(
+        str(tiny_model), PROMPT_SET, GENERATION
+    ).generate("query", texts)
+    assert adapter.revision

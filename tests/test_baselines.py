@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from coaug_trl import Augmenter, BM25Retriever, Collection, Document, InputError, PromptSet
+from coaug_trl import BM25Retriever, Collection, Document, InputError, PromptSet
 from coaug_trl.augment import AugmentedCollection
 from coaug_trl.baselines import SYSTEMS, HyDE, choose_systems, prompt_set_of
+from coaug_trl.engines import TransformersEngine
 from coaug_trl.evaluation import load_evaluation, retrieve
 from coaug_trl.policy import GenerationSettings, PolicySettings
 from coaug_trl.retrieval.rm3 import RM3
+from coaug_trl.store import AnswerStore
 
 
 SPARSE_SYSTEMS = [name for name in SYSTEMS if name != "hyde"]
@@ -111,17 +113,19 @@ def test_rm3_is_evaluated_over_the_documents_as_they_are(finished, beir_folder):
 
 def test_what_is_done_is_kept(coaug, arguments, policy, copied):
     # An answer that the model would never write: generated anew, it would be gone.
-    path = copied / "augmentations" / "pseudo-document" / "queries.jsonl"
-    rows = read_rows(path)
+    folder = copied / "augmentations" / "pseudo-document"
+    (shard,) = (folder / "queries.shards").iterdir()
+    rows = read_rows(shard)
     rows[0]["augmentation"] = "written by hand"
     before = times(copied)
     code, printed, _ = coaug(*arguments, "--policy", policy, "--output", copied)
     assert code == 0
     assert times(copied) == before
     assert "evaluated" not in printed
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    shard.unlink()
+    AnswerStore(shard.parent).add(rows)
     code, printed, _ = coaug(*arguments, "--policy", policy, "--output", copied)
-    assert read_rows(path) == rows
+    assert "written by hand" in [row["augmentation"] for row in read_rows(folder / "queries.jsonl")]
     # and what was retrieved with other texts is retrieved again
     assert {name for name, time in times(copied).items() if time != before[name]} == {"pseudo-document"}
     assert "pseudo-document evaluated" in printed
@@ -136,22 +140,23 @@ def test_an_evaluation_with_other_settings_is_made_again(coaug, arguments, copie
 
 
 def test_an_interrupted_run_goes_on(coaug, arguments, policy, finished, tmp_path, monkeypatch):
-    complete, generated = Augmenter._complete, []
+    complete, generated = TransformersEngine.complete_batch, []
 
-    def interrupt(self, prompts):
+    def interrupt(self, prompts, *args):
         if len(generated) >= 20:
             raise KeyboardInterrupt
         generated.extend(prompts)
-        return complete(self, prompts)
+        return complete(self, prompts, *args)
 
     command = [*arguments, "--policy", policy, "--batch_size", 4, "--output", tmp_path]
     with monkeypatch.context() as patch:
-        patch.setattr(Augmenter, "_complete", interrupt)
+        patch.setattr(TransformersEngine, "complete_batch", interrupt)
         code, _, errors = coaug(*command)
         assert code == 130
         assert "goes on from what has been saved" in errors
     assert len(read_rows(tmp_path / "augmentations" / "untrained" / "queries.jsonl")) == 8
-    assert len(read_rows(tmp_path / "augmentations" / "untrained" / "documents.partial.jsonl")) == 12
+    (shard,) = (tmp_path / "augmentations" / "untrained" / "documents.shards").iterdir()
+    assert len(read_rows(shard)) == 12
     assert coaug(*command)[0] == 0
     # as when it is killed between the files of an evaluation
     (tmp_path / "evaluations" / "doc2query" / "metrics.json").unlink()

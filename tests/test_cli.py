@@ -321,9 +321,9 @@ def test_augment_writes_the_folder_and_says_what_it_did(coaug, policy, beir_fold
     rows = [json.loads(line) for line in (tmp_path / "queries.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["_id"] for row in rows] == list(Collection.load(beir_folder, "dev").qrels)
     # once more: nothing is left to do, and nothing changes
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
     assert coaug(*arguments, "--split", "dev")[0] == 0
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
 
 
 def test_an_untrained_model_takes_its_settings_from_the_command_line(coaug, tiny_model, beir_folder, tmp_path):

@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -544,3 +545,38 @@ def test_nfcorpus(split, queries, pairs):
     assert len(collection.queries) == 3237
     assert len(collection.queries_with_relevant) == queries
     assert sum(map(len, collection.qrels.values())) == pairs
+
+
+# A corpus that stays where it is
+
+
+def test_a_streamed_corpus_is_the_corpus(beir_folder, collection):
+    streamed = Collection.load(beir_folder, "train", stream=True)
+    assert len(streamed.corpus) == len(collection.corpus)
+    assert list(streamed.corpus) == list(collection.corpus)
+    assert dict(streamed.corpus.items()) == collection.corpus
+    assert all(document_id in streamed.corpus for document_id in collection.corpus)
+    assert "nothing" not in streamed.corpus
+    assert streamed.qrels == collection.qrels
+    assert streamed.with_split("test").qrels == collection.with_split("test").qrels
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ('{"_id": "salt-1", "text": "again"}', "the document id 'salt-1' is already taken"),
+        ('{"_id": "x"}', "`text` is missing"),
+        ("{", "not JSON"),
+    ],
+)
+def test_a_streamed_corpus_is_checked_as_a_loaded_one(beir_folder, tmp_path, line, named):
+    folder = Path(shutil.copytree(beir_folder, tmp_path / "collection"))
+    with open(folder / "corpus.jsonl", "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    messages = []
+    for stream in (False, True):
+        with pytest.raises(InputError, match=named) as error:
+            Collection.load(folder, stream=stream)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+    assert "corpus.jsonl, line 41" in messages[0]

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import pytest
@@ -148,6 +149,7 @@ def test_index_checks_the_augmentations_as_evaluate_does(refused, augmentations,
     assert "belongs to the collection advice, not to other" in refused(*command, "--collection", other)
     queries = shutil.copytree(augmentations, tmp_path / "queries")
     (queries / "documents.jsonl").unlink()
+    shutil.rmtree(queries / "documents.shards")
     command = ("index", "--augmentations", queries, "--output", tmp_path / "index")
     assert "there is no documents.jsonl yet" in refused(*command, "--collection", beir_folder)
     assert not (tmp_path / "index").exists()
@@ -306,3 +308,31 @@ def test_texts_without_blanks_or_titles_are_shown(coaug, tmp_path):
     # in JSON the text is whole
     printed = coaug("search", "--index", tmp_path / "index", "ein", "--json")[1]
     assert text in [hit["text"] for hit in json.loads(printed)["hits"]]
+
+
+def test_timing_is_printed_beside_the_same_hits(coaug, policy, index):
+    command = ("search", "--index", index, "--model", policy, "--k", 3, *QUERIES)
+    code, plain, _ = coaug(*command)
+    assert code == 0
+    code, timed, _ = coaug(*command, "--timing")
+    assert code == 0
+    assert timed.startswith(plain)
+    loaded, header, *rows = timed[len(plain) :].splitlines()
+    assert re.fullmatch(r"loaded in [0-9.]+ s, a first query included; then, for one query at a time:", loaded)
+    assert header.split() == ["ms", "augment", "search", "total"]
+    assert [row.split()[0] for row in rows] == ["median", "p95"]
+    code, printed, errors = coaug(*command[:-2], "--timing", "--json")
+    assert code == 0
+    (line,) = map(json.loads, printed.splitlines())
+    seconds = line["seconds"]
+    assert seconds["augment"] > 0 and seconds["search"] > 0
+    assert seconds["total"] == seconds["augment"] + seconds["search"]
+    assert errors.splitlines()[-1].split()[0] == "query"
+
+
+def test_without_a_policy_only_the_search_takes_time(coaug, plain_index):
+    code, printed, _ = coaug("search", "--index", plain_index, "--timing", "vitamin D")
+    assert code == 0
+    _, augment, search, total = printed.splitlines()[-1].split()
+    assert float(augment) == 0
+    assert float(search) == pytest.approx(float(total), abs=0.11)  # as rounded

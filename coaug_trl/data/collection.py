@@ -1,11 +1,14 @@
 """A collection: documents, queries, and which documents are relevant to which queries."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
 
 from ..errors import InputError
 from .loaders import Judgment, Row, Source, open_source
@@ -40,7 +43,7 @@ class Collection:
             What it was loaded by; for a BEIR folder, the folder's name.
         split (`str`):
             Split that `qrels` belongs to.
-        corpus (`dict[str, Document]`):
+        corpus (`dict[str, Document]` or [`StreamedCorpus`]):
             Documents by id.
         queries (`dict[str, str]`):
             Texts of all queries by id, those of other splits too.
@@ -54,14 +57,14 @@ class Collection:
 
     name: str
     split: str
-    corpus: dict[str, Document] = field(repr=False)
+    corpus: "dict[str, Document] | StreamedCorpus" = field(repr=False)
     queries: dict[str, str] = field(repr=False)
     qrels: dict[str, dict[str, int]] = field(repr=False)
     splits: tuple[str, ...]
     source: Source | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def load(cls, name_or_path: str | Path, split: str = "train") -> "Collection":
+    def load(cls, name_or_path: str | Path, split: str = "train", stream: bool = False) -> "Collection":
         """
         Reads a collection and checks all of it.
 
@@ -75,6 +78,9 @@ class Collection:
                 - `vocabulary-gap`, which is generated.
             split (`str`, *optional*, defaults to `"train"`):
                 Split to read judgments of.
+            stream (`bool`, *optional*, defaults to `False`):
+                Whether to leave the documents where they are and to read them whenever they are gone through, one at a
+                time, for a corpus that memory does not hold; see [`StreamedCorpus`].
 
         Returns:
             [`Collection`]: With queries and documents in the order they were read.
@@ -85,7 +91,7 @@ class Collection:
         """
         source = open_source(str(name_or_path))
         _check_split(source, split)
-        corpus = _read_corpus(source.documents())
+        corpus = StreamedCorpus(source) if stream else dict(_documents(source))
         queries = _read_queries(source.queries(split))
         qrels = _read_qrels(source, split, queries, corpus)
         return cls(source.name, split, corpus, queries, qrels, source.splits, source)
@@ -149,16 +155,69 @@ def _check_split(source: Source, split: str) -> None:
         raise InputError(f"{source.name} has no split {split!r}: choose from {', '.join(source.splits)}")
 
 
-def _read_corpus(rows: Iterator[Row]) -> dict[str, Document]:
-    corpus = {}
-    for place, row in rows:
-        document_id = _id(place, row)
-        if document_id in corpus:
-            raise InputError(f"{place}: the document id {document_id!r} is already taken: ids must be unique")
-        # Titles are optional in BEIR: some exports leave the field out, others write null.
-        title = "" if row.get("title") is None else _string(place, row, "title")
-        corpus[document_id] = Document(document_id, title, _string(place, row, "text"))
-    return corpus
+class StreamedCorpus:
+    """
+    The documents of a source, which are read and checked once, then read anew whenever they are gone through. In memory
+    are 8 bytes for each.
+
+    It offers what going through a corpus takes, `items`, `values`, the ids, their number, and whether an id is there,
+    but no document by its id.
+
+    Args:
+        source (`Source`):
+            Where the documents are.
+
+    Raises:
+        `InputError`: A document is malformed, or an id is used twice.
+    """
+
+    def __init__(self, source: Source):
+        self._source = source
+        rows = tqdm(source.documents(), desc="Reading documents", unit=" documents", delay=2, leave=False)
+        hashes = np.sort(np.fromiter((hash(_document(place, row).id) for place, row in rows), np.int64))
+        twice = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+        if twice:
+            # The same hash is the same id, as good as always; this says so, and where.
+            for _ in _documents(source, lambda document_id: hash(document_id) in twice):
+                pass
+        self._hashes = hashes
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    def __contains__(self, document_id: str) -> bool:
+        place = np.searchsorted(self._hashes, hash(document_id))
+        return bool(place < len(self) and self._hashes[place] == hash(document_id))
+
+    def __iter__(self) -> Iterator[str]:
+        return (document.id for document in self.values())
+
+    def values(self) -> Iterator[Document]:
+        """The documents, in the order of the source."""
+        return (_document(place, row) for place, row in self._source.documents())
+
+    def items(self) -> Iterator[tuple[str, Document]]:
+        """Ids and documents."""
+        return ((document.id, document) for document in self.values())
+
+
+def _documents(source: Source, remember: Callable[[str], bool] = lambda _: True) -> Iterator[tuple[str, Document]]:
+    """Ids and documents; an id that is there twice is refused, if it is one to remember."""
+    taken = set()
+    for place, row in source.documents():
+        document = _document(place, row)
+        if document.id in taken:
+            raise InputError(f"{place}: the document id {document.id!r} is already taken: ids must be unique")
+        if remember(document.id):
+            taken.add(document.id)
+        yield document.id, document
+
+
+def _document(place: str, row: dict[str, Any]) -> Document:
+    document_id = _id(place, row)
+    # Titles are optional in BEIR: some exports leave the field out, others write null.
+    title = "" if row.get("title") is None else _string(place, row, "title")
+    return Document(document_id, title, _string(place, row, "text"))
 
 
 def _read_queries(rows: Iterator[Row]) -> dict[str, str]:
@@ -172,7 +231,7 @@ def _read_queries(rows: Iterator[Row]) -> dict[str, str]:
 
 
 def _read_qrels(
-    source: Source, split: str, queries: dict[str, str], corpus: dict[str, Document]
+    source: Source, split: str, queries: dict[str, str], corpus: dict[str, Document] | StreamedCorpus
 ) -> dict[str, dict[str, int]]:
     qrels: dict[str, dict[str, int]] = {}
     for judgment in source.judgments(split):
@@ -189,7 +248,7 @@ def _read_qrels(
     return qrels
 
 
-def _relevance(judgment: Judgment, queries: dict[str, str], corpus: dict[str, Document]) -> int:
+def _relevance(judgment: Judgment, queries: dict[str, str], corpus: dict[str, Document] | StreamedCorpus) -> int:
     if judgment.query_id not in queries:
         raise InputError(
             f"{judgment.place}: the query {judgment.query_id!r} is not among the queries: add it or remove the line"

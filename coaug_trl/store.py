@@ -1,0 +1,127 @@
+"""Answers on disk: shards that are whole or absent, so that work on a large corpus survives whatever ends it."""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from .files import atomic_open
+
+
+# Of a row: hash of text and settings, what was generated, and at which attempt.
+ROW_KEYS = ("key", "augmentation", "complete", "truncated", "attempt")
+SHARDS_IN_MEMORY = 64
+_ENTRY = np.dtype(
+    [("key", np.uint64), ("complete", bool), ("attempt", np.uint8), ("shard", np.int32), ("offset", np.int64)]
+)
+
+
+class AnswerStore:
+    """
+    A folder of shards, each a JSONL file named by the SHA-256 of its content.
+
+    Any number of processes may add shards, and none ever changes one. Of each answer only where it stands is kept in
+    memory, 22 bytes.
+
+    Args:
+        folder (`Path`):
+            The folder; made when the first shard is written.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._names: list[str] = []
+        self._best = np.empty(0, _ENTRY)
+        self._content = lru_cache(maxsize=SHARDS_IN_MEMORY)(self._read_shard)
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Writes rows of `ROW_KEYS` as a shard; when it returns, they are there to stay."""
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        path = self.folder / f"{hashlib.sha256(content.encode()).hexdigest()}.jsonl"
+        try:
+            with atomic_open(path) as file:
+                file.write(content)
+        except OSError as error:  # a full disk does not name the file
+            error.filename = error.filename or str(path)
+            raise
+
+    def refresh(self) -> None:
+        """Reads the shards that have been added; sets those aside that are damaged, and says so."""
+        known = set(self._names)
+        paths = sorted(path for path in self.folder.glob("*.jsonl") if path.name not in known)
+        read = [self._best]
+        for path in tqdm(paths, desc="Reading answers", unit=" shards", delay=2, leave=False):
+            entries = _entries(path, len(self._names))
+            if entries is None:
+                _set_aside(path)
+            else:
+                self._names.append(path.name)
+                read.append(entries)
+        if len(read) > 1:
+            entries = np.concatenate(read)
+            # Of several answers to a text a complete one counts, else that of the last attempt.
+            entries = entries[np.lexsort((entries["attempt"], entries["complete"], entries["key"]))]
+            self._best = entries[np.append(entries["key"][1:] != entries["key"][:-1], True)]
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """Indices of the answers with `keys`, −1 where there is none."""
+        if not len(self._best):
+            return np.full(len(keys), -1)
+        places = np.searchsorted(self._best["key"], keys).clip(max=len(self._best) - 1)
+        return np.where(self._best["key"][places] == keys, places, -1)
+
+    def unfinished(self, keys: np.ndarray, attempts: int) -> np.ndarray:
+        """Which of `keys` have no answer, or an incomplete one that was tried again less than `attempts` times."""
+        places = self.find(keys)
+        if not len(self._best):
+            return places < 0
+        best = self._best[places]
+        return (places < 0) | (~best["complete"] & (best["attempt"] < attempts))
+
+    def attempt(self, place: int) -> int:
+        """The attempt that an answer is of, by its index."""
+        return int(self._best["attempt"][place])
+
+    def row(self, place: int) -> dict[str, Any]:
+        """An answer by its index."""
+        entry = self._best[place]
+        content, offset = self._content(self._names[entry["shard"]]), int(entry["offset"])
+        return json.loads(content[offset : content.index(b"\n", offset)])
+
+    def _read_shard(self, name: str) -> bytes:
+        return (self.folder / name).read_bytes()
+
+
+def _entries(path: Path, shard: int) -> np.ndarray | None:
+    """Where each answer of a shard stands; `None` if the file is not what was written."""
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != path.stem:
+        return None
+    return np.fromiter(_rows(content, shard), _ENTRY)
+
+
+def _rows(content: bytes, shard: int) -> Iterator[tuple]:
+    offset = 0
+    for line in content.splitlines(keepends=True):
+        row = json.loads(line)
+        yield int(row["key"], 16), row["complete"], row["attempt"], shard, offset
+        offset += len(line)
+
+
+def _set_aside(path: Path) -> None:
+    try:
+        os.replace(path, path.with_suffix(".damaged"))
+    except FileNotFoundError:  # another process was faster
+        return
+    print(
+        f"note: {path} is damaged: its content does not have the SHA-256 of its name. It is now called "
+        f"{path.with_suffix('.damaged').name}, and what it held is generated again",
+        file=sys.stderr,
+    )

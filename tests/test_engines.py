@@ -1,0 +1,161 @@
+"""A server of the OpenAI protocol that fails in the ways servers fail, with a real model behind it."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from coaug_trl import Augmenter, InputError, PromptSet, engines
+from coaug_trl.augment import AugmentedCollection
+from coaug_trl.engines import ServerEngine, TransformersEngine
+from coaug_trl.policy import GenerationSettings, PolicySettings
+
+
+PROMPT_SET = PromptSet("sparse", "query:", "document:")
+SETTINGS = PolicySettings(PROMPT_SET, GenerationSettings(24, 1.2))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return AutoTokenizer.from_pretrained(tiny_model, padding_side="left")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return AutoModelForCausalLM.from_pretrained(tiny_model)
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.reply(200, {"data": [{"id": name} for name in self.server.models]})
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server = self.server
+        with server.lock:
+            server.requests.append(request)
+            server.running += 1
+            server.most_running = max(server.most_running, server.running)
+            fault = server.faults.pop(0) if server.faults else server.fault_from_then_on
+        status, content = fault, {"error": "no"}
+        if not fault:
+            generation = GenerationSettings(request["max_tokens"], request["repetition_penalty"])
+            with server.lock:
+                ((_, completion),) = server.engine.complete([(0, request["prompt"])], generation)
+            usage = {"completion_tokens": completion.num_tokens}
+            status, content = 200, {"choices": [{"text": completion.text}], "usage": usage}
+        with server.lock:  # before the client hears of it and sends the next one
+            server.running -= 1
+        if fault == "close":
+            self.connection.close()
+        else:
+            self.reply(status, content)
+
+    def reply(self, status, content):
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(engines, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(engines, "LONGEST_WAIT", 0.002)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.engine, server.models = TransformersEngine(model, tokenizer), ["tiny"]
+        server.requests, server.faults, server.fault_from_then_on = [], [], None
+        server.lock, server.running, server.most_running = threading.Lock(), 0, 0
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def augmenter(server, tokenizer):
+    return Augmenter(ServerEngine(server.url, "tiny", 4), tokenizer, SETTINGS, name="tiny", revision="1")
+
+
+@pytest.fixture(scope="module")
+def expected(model, tokenizer, collection):
+    return Augmenter(model, tokenizer, SETTINGS).generate("query", list(collection.queries.values()))
+
+
+def test_a_server_answers_as_the_model_does_within_the_concurrency(server, augmenter, collection, expected):
+    assert augmenter.generate("query", list(collection.queries.values())) == expected
+    assert 1 < server.most_running <= 4
+    assert {request["temperature"] for request in server.requests} == {0.0}
+
+
+def test_faults_that_pass_are_waited_for(server, augmenter, collection, expected):
+    server.faults = [429, 503, "close", 500, 408, 502] * 2
+    assert augmenter.generate("query", list(collection.queries.values())) == expected
+    assert len(server.requests) == len(expected) + 12
+
+
+def test_a_server_that_stays_down_ends_the_work_and_loses_nothing(server, augmenter, collection, tmp_path):
+    dev = collection.with_split("dev")
+    augmenter.augment_collection(dev, tmp_path / "whole")
+    server.requests.clear()
+    server.faults, server.fault_from_then_on = [None] * 17, 503
+    with pytest.raises(InputError, match="stays down .status 503, after 10 attempts.*the same command goes on"):
+        augmenter.augment_collection(dev, tmp_path / "resumed")
+    answered = {json.dumps(request["prompt"]) for request in server.requests[:17]}
+    server.requests.clear()
+    server.fault_from_then_on = None
+    augmenter.augment_collection(dev, tmp_path / "resumed")
+    assert len(server.requests) == 48 - 17
+    assert not answered & {json.dumps(request["prompt"]) for request in server.requests}
+    for name in ("queries.jsonl", "documents.jsonl", "manifest.json"):
+        assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_request_that_the_server_refuses_is_not_repeated(server, augmenter):
+    server.fault_from_then_on = 400
+    with pytest.raises(InputError, match="refuses a prompt of .* tokens.*status 400"):
+        augmenter.generate("query", ["salt"])
+    assert len(server.requests) == 1
+
+
+def test_what_the_server_serves_is_looked_at_first(server, tiny_model, capsys):
+    server.models = ["a", "b"]
+    with pytest.raises(InputError, match="serves a, b, and the model is tiny"):
+        ServerEngine(server.url, "tiny")
+    server.models = ["a"]
+    assert ServerEngine(server.url + "/v1/", "tiny").model == "a"
+    assert "serves a, which is taken to be tiny" in capsys.readouterr().err
+    with pytest.raises(InputError, match="concurrency is 0"):
+        ServerEngine(server.url, "a", 0)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "localhost", "http://"])
+def test_a_place_without_a_server_is_refused(url):
+    with pytest.raises(InputError, match="no server with the OpenAI protocol answers there"):
+        ServerEngine(url, "tiny")
+
+
+def test_the_command_generates_by_a_server(coaug, refused, server, tiny_model, beir_folder, tmp_path):
+    server.models = [str(tiny_model)]
+    PROMPT_SET.save(tmp_path)
+    common = ("augment", "--model", tiny_model, "--collection", beir_folder, "--max_new_tokens", 24)
+    common += ("--prompt_set", tmp_path / "prompt_set.yaml")
+    assert coaug(*common, "--server", server.url, "--output", tmp_path / "server")[0] == 0
+    assert server.requests
+    assert coaug(*common, "--engine", "transformers", "--output", tmp_path / "here")[0] == 0
+    server_side, here = (AugmentedCollection.load(tmp_path / name) for name in ("server", "here"))
+    assert server_side.answers == here.answers
+    assert (server_side.manifest["engines"], here.manifest["engines"]) == (
+        ["server, of the server"],
+        ["transformers, float32"],
+    )
+    message = refused(*common, "--server", server.url, "--engine", "vllm", "--output", tmp_path / "both")
+    assert "leave one out" in message

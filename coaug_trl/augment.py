@@ -529,7 +529,7 @@ class Augmenter:
                 side_texts(collection, side), f"Writing {path.name}", len(keys), unit=" texts", delay=2, leave=False
             )
             written = set()
-            for (id_, text), key, place in zip(texts, keys.tolist(), store.find(keys).tolist(), strict=True):
+            for (id_, text), key, place in zip(texts, keys, store.find(keys), strict=True):
                 if int(self._key(text), 16) != key:
                     raise InputError(f"{collection.name} has changed while it was augmented; run the command again.")
                 if side == "query":

@@ -14,12 +14,14 @@ import json
 import os
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -28,6 +30,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.cache_utils import DynamicLayer
 
 from .errors import InputError
 from .policy import GenerationSettings
@@ -36,8 +39,8 @@ from .policy import GenerationSettings
 ENGINES = ("vllm", "transformers")
 # Batches of like length are made within as many texts: enough for little padding, few enough for little memory.
 BATCHES_SORTED_TOGETHER = 128
-# A batch is made smaller when this share of its texts has ended.
-ENDED_SHARE = 1 / 8
+# Texts leave a batch, and others join it, when this share of it has ended.
+LEAVING_SHARE = 1 / 8
 # Texts in the vLLM engine at once, its own default for a large GPU.
 VLLM_WIDTH = 256
 # vLLM reserves memory for the longest prompt it may get; many models allow far longer ones than this.
@@ -105,6 +108,8 @@ class TransformersEngine:
         self.tokenizer = tokenizer
         self.width = batch_size
         self.dtype = str(model.dtype).removeprefix("torch.")
+        ends = model.generation_config.eos_token_id
+        self._ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
     @classmethod
     def load(
@@ -124,29 +129,15 @@ class TransformersEngine:
             model = model.to(f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}")
         return cls(model, tokenizer, batch_size)
 
+    @torch.inference_mode()
     def complete(
         self, prompts: Prompts, generation: GenerationSettings, temperature: float = 0.0, seed: int = 0
     ) -> Completions:
-        """As the module says."""
-        prompts = iter(prompts)
-        while window := list(itertools.islice(prompts, self.width * BATCHES_SORTED_TOGETHER)):
-            # The longest first, so that what does not fit into memory fails at once.
-            window.sort(key=lambda prompt: len(prompt[1]), reverse=True)
-            for first in range(0, len(window), self.width):
-                tags, batch = zip(*window[first : first + self.width], strict=True)
-                yield from zip(tags, self.complete_batch(list(batch), generation, temperature, seed), strict=True)
-
-    @torch.inference_mode()
-    def complete_batch(
-        self, prompts: list[list[int]], generation: GenerationSettings, temperature: float = 0.0, seed: int = 0
-    ) -> list[Completion]:
-        """Completes prompts together. Texts that have ended leave the batch, whose other texts go on without them."""
-        model, num_texts = self.model, len(prompts)
-        inputs = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt", padding_side="left").to(model.device)
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        start, end = ids.shape[1], ids.shape[1] + generation.max_new_tokens
+        """As the module says. Texts that have ended leave the batch, and others take their places."""
+        if temperature > 0:
+            torch.manual_seed(seed)
         # All sampling settings are given, since the model's own generation_config may hold others.
-        settings = dict(
+        self._settings = dict(
             do_sample=temperature > 0,
             num_beams=1,
             temperature=temperature or None,
@@ -155,64 +146,145 @@ class TransformersEngine:
             repetition_penalty=generation.repetition_penalty,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        if temperature > 0:
-            torch.manual_seed(seed)
+        prompts = iter(prompts)
+        while window := list(itertools.islice(prompts, self.width * BATCHES_SORTED_TOGETHER)):
+            # The longest first, so that what does not fit into memory fails at once.
+            window.sort(key=lambda prompt: len(prompt[1]), reverse=True)
+            yield from self._complete_window(window, generation.max_new_tokens)
+
+    def _complete_window(self, window: list[tuple[Any, list[int]]], max_new_tokens: int) -> Completions:
+        batch, first = None, 0
+        while batch or first < len(window):
+            places = self.width - len(batch.tags) if batch else self.width
+            if first < len(window) and (not batch or batch.can_grow and places >= self.width * LEAVING_SHARE):
+                new = self._start(window[first : first + places])
+                batch, first = batch.join(new, self.tokenizer.pad_token_id) if batch else new, first + places
+            else:
+                self._go_on(batch, max_new_tokens)
+            staying = []
+            for row, tokens in enumerate(batch.written()):
+                end = next((place for place, token in enumerate(tokens, start=1) if token in self._ends), None)
+                if end or len(tokens) == max_new_tokens:
+                    text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+                    yield batch.tags[row], Completion(text, end or max_new_tokens)
+                else:
+                    staying.append(row)
+            if len(staying) < len(batch.tags):
+                batch = batch.keep(staying) if staying else None
+
+    def _start(self, prompts: list[tuple[Any, list[int]]]) -> "_Batch":
+        """Reads prompts, and writes their first token."""
+        tags, ids = zip(*prompts, strict=True)
+        inputs = self.tokenizer.pad({"input_ids": list(ids)}, return_tensors="pt", padding_side="left")
+        inputs = inputs.to(self.model.device)
         # A recurrent state cannot be kept for some texts of a batch only.
-        stateful = getattr(model, "_is_stateful", False)
-        cache = None if stateful else DynamicCache(config=model.config)
-        written: list[list[int]] = [[] for _ in range(num_texts)]
-        rows = torch.arange(num_texts, device=ids.device)
-        while len(rows):
-            ended = _SomeEnded(model.generation_config.eos_token_id, len(rows), 1.0 if stateful else ENDED_SHARE)
-            ended.to(ids.device)
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                past_key_values=cache,
-                max_new_tokens=end - ids.shape[1],
-                stopping_criteria=StoppingCriteriaList([ended]),
-                **settings,
-            )
-            leaving = ended.rows if output.shape[1] < end else torch.ones_like(ended.rows)
-            for row, tokens in zip(rows[leaving].tolist(), output[leaving, start:].tolist(), strict=True):
-                written[row] = tokens
-            staying = (~leaving).nonzero().squeeze(1)
-            if len(staying):
-                new = mask.new_ones(len(staying), output.shape[1] - ids.shape[1])
-                mask = torch.cat([mask[staying], new], dim=1)
-                cache.batch_select_indices(staying)
-            rows, ids = rows[staying], output[staying]
-        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
-        lengths = [_length(tokens, model.generation_config.eos_token_id) for tokens in written]
-        return [Completion(text, length) for text, length in zip(texts, lengths, strict=True)]
+        cache = None if getattr(self.model, "_is_stateful", False) else DynamicCache(config=self.model.config)
+        batch = _Batch(list(tags), inputs["input_ids"], inputs["attention_mask"], cache, [0] * len(tags))
+        if cache is not None:
+            self._generate(batch, 1)
+        return batch
+
+    def _go_on(self, batch: "_Batch", max_new_tokens: int) -> None:
+        """Writes until a share of the texts has ended, or one of them has reached its longest length."""
+        share = 1.0 if batch.cache is None else LEAVING_SHARE
+        ended = _SomeEnded(self._ends, share)
+        self._generate(batch, max_new_tokens - max(batch.lengths), stopping_criteria=StoppingCriteriaList([ended]))
+
+    def _generate(self, batch: "_Batch", max_new_tokens: int, **kwargs) -> None:
+        output = self.model.generate(
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
+            past_key_values=batch.cache,
+            max_new_tokens=max_new_tokens,
+            **self._settings,
+            **kwargs,
+        )
+        count = output.shape[1] - batch.ids.shape[1]
+        batch.lengths = [length + count for length in batch.lengths]
+        batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(batch.tags), count)], dim=1)
+        batch.ids = output
+
+
+@dataclass
+class _Batch:
+    """
+    Texts that are being written, padded on the left.
+
+    Args:
+        tags (`list`):
+            A tag of each text.
+        ids (`torch.Tensor` of shape `(texts, length)`):
+            Prompts and what has been written.
+        mask (`torch.Tensor`, same shape):
+            0 for padding.
+        cache ([`~transformers.DynamicCache`] or `None`):
+            Of all tokens but the last.
+        lengths (`list[int]`):
+            How many tokens of each text have been written.
+    """
+
+    tags: list[Any]
+    ids: torch.Tensor
+    mask: torch.Tensor
+    cache: DynamicCache | None
+    lengths: list[int]
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether texts of other lengths can join: not where layers keep the last tokens only, or a state."""
+        return self.cache is not None and all(type(layer) is DynamicLayer for layer in self.cache.layers)
+
+    def written(self) -> list[list[int]]:
+        """The tokens written for each text, with the padding after its end."""
+        longest = max(self.lengths)
+        rows = self.ids[:, self.ids.shape[1] - longest :].tolist()
+        return [row[longest - length :] for row, length in zip(rows, self.lengths, strict=True)]
+
+    def keep(self, rows: list[int]) -> "_Batch":
+        """The texts of some rows, without the padding that all of them have."""
+        index = torch.tensor(rows, device=self.ids.device)
+        mask = self.mask[index]
+        padding = int(mask.any(dim=0).int().argmax()) if self.can_grow else 0
+        if self.cache is not None:
+            self.cache.batch_select_indices(index)
+            _change_cache(self.cache, lambda states: states[:, :, padding:])
+        lengths = [self.lengths[row] for row in rows]
+        return _Batch(
+            [self.tags[row] for row in rows], self.ids[index, padding:], mask[:, padding:], self.cache, lengths
+        )
+
+    def join(self, other: "_Batch", pad_token_id: int) -> "_Batch":
+        """The texts of both."""
+        length = max(self.ids.shape[1], other.ids.shape[1])
+        for batch in (self, other):
+            padding = length - batch.ids.shape[1]
+            batch.mask = F.pad(batch.mask, (padding, 0))
+            batch.ids = F.pad(batch.ids, (padding, 0), value=pad_token_id)
+            if padding:
+                _change_cache(batch.cache, lambda states, padding=padding: F.pad(states, (0, 0, padding, 0)))
+        for ours, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            ours.keys = torch.cat([ours.keys, theirs.keys])
+            ours.values = torch.cat([ours.values, theirs.values])
+        ids, mask = torch.cat([self.ids, other.ids]), torch.cat([self.mask, other.mask])
+        return _Batch(self.tags + other.tags, ids, mask, self.cache, self.lengths + other.lengths)
+
+
+def _change_cache(cache: DynamicCache, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Changes keys and values of all layers, of shape `(texts, heads, length, size)`."""
+    for layer in cache.layers:
+        layer.keys, layer.values = change(layer.keys), change(layer.values)
 
 
 class _SomeEnded(StoppingCriteria):
-    """Stops all texts when a share of them has ended; `rows` says which have."""
+    """Stops all texts when a share of them has ended."""
 
-    def __init__(self, eos_token_id: int | list[int] | None, num_rows: int, share: float):
-        self.eos_token_ids = torch.tensor(_as_list(eos_token_id), dtype=torch.long)
-        self.rows = torch.zeros(num_rows, dtype=torch.bool)
-        self.share = share
-
-    def to(self, device: torch.device) -> None:
-        self.eos_token_ids, self.rows = self.eos_token_ids.to(device), self.rows.to(device)
+    def __init__(self, ends: list[int], share: float):
+        self.ends, self.share = torch.tensor(ends, dtype=torch.long), share
+        self.ended: torch.Tensor | bool = False
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs) -> torch.BoolTensor:
-        self.rows |= torch.isin(input_ids[:, -1], self.eos_token_ids)
-        return (self.rows.float().mean() >= self.share).expand(len(input_ids))
-
-
-def _length(tokens: list[int], eos_token_id: int | list[int] | None) -> int:
-    """How many tokens were written, the end-of-sequence token included and the padding that follows it left out."""
-    ends = _as_list(eos_token_id)
-    return next((place for place, token in enumerate(tokens, start=1) if token in ends), len(tokens))
-
-
-def _as_list(eos_token_id: int | list[int] | None) -> list[int]:
-    if eos_token_id is None:
-        return []
-    return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        self.ended = self.ended | torch.isin(input_ids[:, -1], self.ends.to(input_ids.device))
+        return (self.ended.float().mean() >= self.share).expand(len(input_ids))
 
 
 # vLLM

@@ -71,9 +71,11 @@ def add_sampler_head(model: PreTrainedModel, temperature: float, repetition_pena
             parameter.full_tensor() if isinstance(parameter, DTensor) else parameter  # sharded by FSDP2
             for parameter in (head.weight, head.bias)
         )
-        input_ids, valid = kwargs["input_ids"], kwargs["attention_mask"]
+        # a model that is split over several devices may end on another one than its head
+        tensors = (hidden, kwargs["input_ids"], kwargs["attention_mask"], labels[:, 1:])
+        hidden, input_ids, valid, labels = (tensor.to(weight.device) for tensor in tensors)
         log_probs, entropy = _log_probs(
-            hidden, weight, bias, input_ids, valid, labels[:, 1:], temperature, repetition_penalty
+            hidden, weight, bias, input_ids, valid, labels, temperature, repetition_penalty
         )
         return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy)
 
@@ -105,11 +107,11 @@ def _log_probs(
         log_prob, entropy = checkpoint(_penalized, *arguments, temperature, penalty, use_reentrant=False)
         log_probs.append(log_prob)
         entropies.append(entropy)
-    # A batch without a label still has to be a part of the graph: the gradient of every process is waited for.
-    nothing = hidden.float().sum(dim=2) * 0.0
-    if not log_probs:
+    if not log_probs:  # still a part of the graph: the gradient of every process is waited for
+        nothing = hidden[:, :, 0].float() * 0.0
         return nothing, nothing
-    return tuple(nothing.index_put((rows, places), torch.cat(values)) for values in (log_probs, entropies))
+    zeros = torch.zeros(labels.shape, device=hidden.device)
+    return tuple(zeros.index_put((rows, places), torch.cat(values)) for values in (log_probs, entropies))
 
 
 def _penalized(
@@ -123,7 +125,12 @@ def _penalized(
     penalty: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of `labels` and entropies, of shape `(tokens,)`."""
-    logits = F.linear(hidden, weight, bias).float()
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    # Cast here, each time, so that the gradients of all calls add up in the precision of the weights; autocast would cast
+    # once, and add them up in its own.
+    with torch.autocast(device, enabled=False):
+        logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).float()
     with torch.no_grad():
         repeated = torch.where(logits.gather(1, tokens) < 0, penalty, 1 / penalty)
         factors = torch.ones_like(logits).scatter_(1, tokens, torch.where(seen, repeated, 1.0)).div_(temperature)

@@ -66,6 +66,7 @@ class AnswerStore:
                 read.append(entries)
         if len(read) > 1:
             entries = np.concatenate(read)
+            read.clear()  # a million answers take 22 MB, each time
             # Of several answers to a text a complete one counts, else that of the last attempt.
             entries = entries[np.lexsort((entries["attempt"], entries["complete"], entries["key"]))]
             self._best = entries[np.append(entries["key"][1:] != entries["key"][:-1], True)]

@@ -6,9 +6,8 @@ Texts per second of `Augmenter` against a plain loop over `model.generate`, with
 
 The plain loop takes the texts in the order of the corpus, in batches padded to their longest text, each of which ends
 with its longest answer. Both must write the same. Without a model, one with random weights is made, and texts of random
-words whose lengths are distributed log-normally, as those of documents are (median 60 words, from 5 to 600). Such a model
-hardly ever ends before `--max_new_tokens`, so that the gain is that of less padding; a trained one, whose answers differ
-in length, also gains by texts that leave their batch when they have ended. The quartiles of both lengths are printed.
+words whose lengths are distributed log-normally, as those of documents are (median 60 words, from 5 to 600). Its weights
+are such that it ends its answers now and then, as a trained one does. The quartiles of both lengths are printed.
 The ratio of CPU time is steadier than that of wall-clock time on a machine that has other work. Where vLLM is installed it
 takes part, after its start.
 
@@ -44,6 +43,8 @@ from coaug_trl.policy import GenerationSettings, PolicySettings
 
 PROMPT_SET = PromptSet("sparse", "Write keywords for the query.", "Write keywords for the document.")
 VOCABULARY_SIZE = 2000
+# An answer of the random model ends after one token in so many.
+MEAN_ANSWER = 40
 # Short texts, since a million of them are tokenized; they are read one at a time.
 WORDS_WHERE_MEMORY_IS_MEASURED = 30
 
@@ -74,6 +75,12 @@ def make_model(folder: Path) -> Path:
             bos_token_id=None,
         )
     )
+    with torch.no_grad():
+        # One direction of the embeddings says that an answer ends after this token; else it would hardly ever end.
+        embeddings, head = model.model.embed_tokens.weight, model.lm_head.weight
+        embeddings[:, -1], head[:, -1], head[tokenizer.eos_token_id] = 0.0, 0.0, 0.0
+        embeddings[::MEAN_ANSWER, -1] = 50 * embeddings.std()
+        head[tokenizer.eos_token_id, -1] = 10 * head.std()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -258,7 +265,7 @@ def main() -> None:
     parser.add_argument("--collection", help="whose documents are augmented; default: random words")
     parser.add_argument("--texts", type=int, default=256, help="how many of them (default: 256)")
     parser.add_argument("--batch_size", type=int, default=32, help="texts at once (default: 32)")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer (default: 128)")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer (default: 256)")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each; the median counts (default: 1)")
     parser.add_argument("--memory", action="store_true", help="measure memory instead")
     parser.add_argument(

@@ -140,23 +140,23 @@ def test_an_evaluation_with_other_settings_is_made_again(coaug, arguments, copie
 
 
 def test_an_interrupted_run_goes_on(coaug, arguments, policy, finished, tmp_path, monkeypatch):
-    complete, generated = TransformersEngine.complete_batch, []
+    start, generated = TransformersEngine._start, []
 
-    def interrupt(self, prompts, *args):
+    def interrupt(self, prompts):
         if len(generated) >= 20:
             raise KeyboardInterrupt
         generated.extend(prompts)
-        return complete(self, prompts, *args)
+        return start(self, prompts)
 
     command = [*arguments, "--policy", policy, "--batch_size", 4, "--output", tmp_path]
     with monkeypatch.context() as patch:
-        patch.setattr(TransformersEngine, "complete_batch", interrupt)
+        patch.setattr(TransformersEngine, "_start", interrupt)
         code, _, errors = coaug(*command)
         assert code == 130
         assert "goes on from what has been saved" in errors
     assert len(read_rows(tmp_path / "augmentations" / "untrained" / "queries.jsonl")) == 8
     (shard,) = (tmp_path / "augmentations" / "untrained" / "documents.shards").iterdir()
-    assert len(read_rows(shard)) == 12
+    assert 8 <= len(read_rows(shard)) <= 12  # all but what was being written
     assert coaug(*command)[0] == 0
     # as when it is killed between the files of an evaluation
     (tmp_path / "evaluations" / "doc2query" / "metrics.json").unlink()

@@ -5,7 +5,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from coaug_trl import Augmenter, InputError, PromptSet, engines
 from coaug_trl.augment import AugmentedCollection
@@ -159,3 +160,62 @@ def test_the_command_generates_by_a_server(coaug, refused, server, tiny_model, b
     )
     message = refused(*common, "--server", server.url, "--engine", "vllm", "--output", tmp_path / "both")
     assert "leave one out" in message
+
+
+# Texts that leave a batch and others that join it
+
+
+def completions_of(model, tokenizer, width, prompts, max_new_tokens=24):
+    engine = TransformersEngine(model, tokenizer, width)
+    completed = dict(engine.complete(enumerate(prompts), GenerationSettings(max_new_tokens, 1.2)))
+    return [completed[place] for place in range(len(prompts))]
+
+
+def prompts_of(collection, tokenizer):
+    texts = [document.text for document in collection.corpus.values()] + list(collection.queries.values())
+    return [tokenizer(" ".join(texts[place : place + 1 + place % 4])).input_ids for place in range(len(texts))]
+
+
+def make_random_model(tokenizer, **settings):
+    """Ends its answers after any of many tokens, so that they differ in length."""
+    torch.manual_seed(0)
+    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    config = Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, **size, **settings)
+    config.eos_token_id = list(range(0, 600, 20))
+    return Qwen2ForCausalLM(config)
+
+
+@pytest.mark.parametrize("width", [2, 5, 16, 100])
+def test_what_is_written_does_not_depend_on_who_shares_the_batch(tokenizer, collection, width):
+    model, prompts = make_random_model(tokenizer), prompts_of(collection, tokenizer)
+    alone = completions_of(model, tokenizer, 1, prompts)
+    assert len({completion.num_tokens for completion in alone}) > 4  # they leave at different times
+    assert completions_of(model, tokenizer, width, prompts) == alone
+
+
+def test_layers_that_keep_the_last_tokens_only(tokenizer, collection):
+    """There no text can join another, and texts that have ended still leave."""
+    sliding = dict(use_sliding_window=True, sliding_window=8, layer_types=["sliding_attention"] * 2)
+    model = make_random_model(tokenizer, **sliding)
+    prompts = prompts_of(collection, tokenizer)[:24]
+    alone = completions_of(model, tokenizer, 1, prompts)
+    assert len({completion.num_tokens for completion in alone}) > 2
+    assert completions_of(model, tokenizer, 7, prompts) == alone
+
+
+def test_the_batch_is_kept_full(tokenizer, collection, monkeypatch):
+    """Far fewer steps than batches that wait for their longest answers take."""
+    model, steps = make_random_model(tokenizer), []
+    forward = type(model).forward
+
+    def counting(self, input_ids=None, **kwargs):
+        steps.append(len(input_ids))
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    prompts, width = prompts_of(collection, tokenizer), 8
+    lengths = [completion.num_tokens for completion in completions_of(model, tokenizer, 1, prompts, 64)]
+    ordered = [lengths[place] for place in sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))]
+    waiting = sum(max(ordered[first : first + width]) for first in range(0, len(ordered), width))
+    monkeypatch.setattr(type(model), "forward", counting)
+    completions_of(model, tokenizer, width, prompts, 64)
+    assert sum(steps) < 1.3 * sum(lengths) < 0.8 * width * waiting

@@ -106,6 +106,25 @@ def test_logits_never_exist_for_more_than_a_few_tokens(monkeypatch):
     assert largest.size == max(10 * 3000, model.lm_head.weight.numel())
 
 
+def test_with_autocast_the_gradients_of_the_parts_add_up_in_the_precision_of_the_weights(monkeypatch):
+    """In bfloat16 they would lose more, the more parts there are."""
+    input_ids, attention_mask, labels = batch()
+    gradients = {}
+    for name, at_once in (("float32", 512), ("one part", 512), ("many parts", 2)):
+        monkeypatch.setattr(sampler_head, "TOKENS_AT_ONCE", at_once)
+        model = tiny(tie_word_embeddings=False)
+        add_sampler_head(model, TEMPERATURE, PENALTY)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=name != "float32"):
+            output = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
+            loss = -output.log_probs.sum()
+        loss.backward()
+        gradients[name] = model.lm_head.weight.grad
+    size = gradients["float32"].norm()
+    errors = {name: ((gradient - gradients["float32"]).norm() / size).item() for name, gradient in gradients.items()}
+    assert 1e-4 < errors["one part"] < 0.05
+    assert errors["many parts"] < 1.2 * errors["one part"]
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.lists(st.integers(0, 6), min_size=9, max_size=9), min_size=1, max_size=4),
@@ -192,7 +211,8 @@ def test_the_trainer_computes_what_generate_sampled_from(collection, tiny_model,
             BM25Retriever(),
             PromptSet("sparse", "query:", "document:"),
             processing_class=trainer.processing_class,
-            peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+            # an adapter that does something from the beginning
+            peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False),
         )
     model = trainer.model.get_base_model() if use_peft else trainer.model
     generate = model.generate
@@ -237,5 +257,7 @@ def test_the_option_lets_the_correction_stay_on(tmp_path):
     with pytest.raises(ValueError, match="or penalize_log_probs to True"):
         CoAugConfig(**settings)
     assert CoAugConfig(**settings, penalize_log_probs=True).vllm_importance_sampling_correction
+    with pytest.raises(ValueError, match="cast_lm_head_to_fp32 is True with penalize_log_probs"):
+        CoAugConfig(**settings, penalize_log_probs=True, cast_lm_head_to_fp32=True)
     with pytest.raises(ValueError, match="top_p=0.9"):
         CoAugConfig(**settings, penalize_log_probs=True, top_p=0.9)

@@ -247,6 +247,7 @@ class _Batch:
         padding = int(mask.any(dim=0).int().argmax()) if self.can_grow else 0
         if self.cache is not None:
             self.cache.batch_select_indices(index)
+        if padding:
             _change_cache(self.cache, lambda states: states[:, :, padding:])
         lengths = [self.lengths[row] for row in rows]
         return _Batch(

@@ -1,5 +1,6 @@
 """What a run would do and need, without loading a model: what `coaug train --dry_run` prints."""
 
+import math
 import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -17,14 +18,12 @@ from .memory import (
     GIB,
     Architecture,
     Run,
-    combine_ways_to_fit,
     empty_model,
     engine_memory,
     estimate_memory,
-    fits,
+    least_gpu,
     peak_memory,
     read_architecture,
-    smallest_gpu,
     training_flops,
     ways_to_fit,
 )
@@ -116,9 +115,16 @@ def print_plan(
             f"first group: {len(documents)} document prompts, {num_cut} of them cut to "
             f"{prompt_set.max_document_tokens} tokens"
         )
-    prompt_tokens = longest_prompt(training_args.augment, train_collection, prompt_set, tokenizer)
-    run = memory_run(training_args, model_args, dtype, prompt_tokens)
-    run = replace(run, encoder=encoder_bytes(retriever))
+    run = Run(
+        training_args,
+        prompt_tokens=longest_prompt(training_args.augment, train_collection, prompt_set, tokenizer),
+        weight_bytes=dtype.itemsize,
+        quantized=4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else None,
+        sharding=launched_sharding(training_args),
+        num_processes=training_args.world_size,
+        encoder=encoder_bytes(retriever),
+    )
+    check_run(run)
     print(f"\n{model_summary(model_args, architecture)}")
     print_tokens(training_args, architecture, run, steps)
     print_memory(architecture, run, gpu_bytes(script_args.gpu_memory_gib))
@@ -154,52 +160,9 @@ def model_architecture(training_args: CoAugConfig, model_args: ModelConfig) -> t
         architecture = replace(architecture, trainable=model.get_nb_trainable_parameters()[0], adapter=True)
         # peft makes adapters float32, and TRL those of quantized models bfloat16.
         trained_dtype = torch.bfloat16 if model_args.load_in_4bit or model_args.load_in_8bit else torch.float32
-    if trained_dtype == torch.bfloat16:
+    if trained_dtype == torch.bfloat16 and training_args.deepspeed_plugin is None:  # which trains float32 copies
         refuse_vanishing_updates(training_args)
     return architecture, dtype
-
-
-def memory_run(training_args: CoAugConfig, model_args: ModelConfig, dtype: torch.dtype, prompt_tokens: int) -> Run:
-    """
-    What of the settings decides the memory of a run.
-
-    Args:
-        training_args ([`~coaug_trl.CoAugConfig`]):
-            Configuration.
-        model_args ([`trl.ModelConfig`]):
-            The model.
-        dtype (`torch.dtype`):
-            Type its weights are loaded with.
-        prompt_tokens (`int`):
-            Tokens of the longest prompt.
-
-    Returns:
-        [`~coaug_trl.memory.Run`]: the settings, for one process.
-    """
-    quantized = 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else None
-    return Run(
-        batch_size=training_args.per_device_train_batch_size,
-        prompt_tokens=prompt_tokens,
-        completion_tokens=training_args.max_completion_length,
-        rows=training_args.generation_batch_size // training_args.world_size,
-        groups=training_args.groups_per_batch,
-        weight_bytes=dtype.itemsize,
-        adapter_bytes=2 if quantized else 4,
-        quantized=quantized,
-        mixed_precision=bool(training_args.bf16 or training_args.fp16),
-        checkpointing=training_args.gradient_checkpointing,
-        sharding=launched_sharding(training_args),
-        num_processes=training_args.world_size,
-        optimizer_state=0.5 if "8bit" in training_args.optim else 2,
-        reference=training_args.beta != 0,
-        penalize_log_probs=training_args.penalize_log_probs,
-        generation=training_args.vllm_mode if training_args.use_vllm else "transformers",
-        prefill_tokens=(training_args.generation_kwargs or {}).get("prefill_chunk_size"),
-        engine_share=training_args.vllm_gpu_memory_utilization,
-        engine_length=training_args.vllm_max_model_length,
-        engine_sleeps=training_args.vllm_enable_sleep_mode,
-        tensor_parallel=training_args.vllm_tensor_parallel_size,
-    )
 
 
 def launched_sharding(training_args: CoAugConfig) -> str:
@@ -228,6 +191,18 @@ def longest_prompt(
             tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) for prompt in prompts
         ]
     return max(len(ids) for ids in tokenizer(prompts, add_special_tokens=not tokenizer.chat_template).input_ids)
+
+
+def check_run(run: Run) -> None:
+    """Raises an `InputError` if vLLM has no room for the longest prompt and its completion, or no head can be made."""
+    most = run.args.vllm_max_model_length
+    if run.generation == "colocate" and most is not None and run.length > most:
+        raise InputError(
+            f"vllm_max_model_length is {most:,}, but the longest prompt has {run.prompt_tokens:,} tokens and "
+            f"max_completion_length is {run.args.max_completion_length:,}; use at least {run.length}."
+        )
+    if run.penalizes and run.sharding == "zero3":
+        raise InputError("penalize_log_probs is True under ZeRO-3; use ZeRO-2, FSDP2 or DDP, or set it to False.")
 
 
 def encoder_bytes(retriever: Retriever) -> int:
@@ -263,7 +238,7 @@ def print_tokens(training_args: CoAugConfig, architecture: Architecture, run: Ru
     completions = rows * run.num_processes
     seconds = training_flops(architecture, run, rows) / (TFLOPS * 1e12)
     print(
-        f"1 optimizer step = {completions:,} completions, at most {completions * run.completion_tokens:,} tokens, and "
+        f"1 optimizer step = {completions:,} completions, at most {completions * run.args.max_completion_length:,} tokens, and "
         f"{completions * run.length:,} with prompts ({run.prompt_tokens:,} the longest)\n"
         f"training, without generation, at {TFLOPS} TFLOP/s a GPU: at most {seconds:,.1f} s an optimizer step, "
         f"{seconds * steps / 3600:,.1f} h an epoch"
@@ -290,41 +265,38 @@ def print_memory(architecture: Architecture, run: Run, gpu: int | None) -> None:
     for part in estimate_memory(architecture, run):
         when = {"always": "", "generation": " (while generating)", "training": " (in an update)"}[part.phase]
         print(f"  {part.name:<20} {part.size / GIB:7.2f} GiB  {part.note}{when}")
+    engine = engine_memory(architecture, run) / GIB
     if run.generation == "colocate":
-        least = engine_memory(architecture, run) / GIB
-        share = f"{run.engine_share:g} of the GPU; needs {least:.1f} GiB for weights and the KV cache of one sequence"
-        size = f"{run.engine_share * gpu / GIB:7.2f} GiB" if gpu else " " * 11
-        print(f"  {'vLLM':<20} {size}  {share}{' (asleep in updates)' if run.engine_sleeps else ''}")
+        part = run.args.vllm_gpu_memory_utilization
+        size = f"{part * gpu / GIB:7.2f} GiB" if gpu else " " * 11
+        note = f"{part:g} of the GPU; needs {engine:.1f} GiB for weights and the KV cache of one sequence"
+        print(f"  {'vLLM':<20} {size}  {note}{' (asleep in updates)' if run.args.vllm_enable_sleep_mode else ''}")
     elif run.generation == "server":
-        print(
-            f"  {'vLLM':<20} {0:7.2f} GiB  on other GPUs, where the server needs "
-            f"{engine_memory(architecture, run) / GIB:.1f} GiB at least"
-        )
-    least = smallest_gpu(architecture, run)
+        note = f"on other GPUs, where the server needs {engine:.1f} GiB at least"
+        print(f"  {'vLLM':<20} {0:7.2f} GiB  {note}")
+    least = least_gpu(architecture, run)
     peak = f"{peak_memory(architecture, run, gpu) / GIB:.1f} GiB"
     peak += " without vLLM" if run.generation == "colocate" and gpu is None else ""
-    print(f"peak: {peak}; the smallest GPU it fits on: {f'{least} GiB' if least else 'none, vLLM leaves too little'}")
+    smallest = "none, vLLM gets all of it or nothing" if math.isinf(least) else f"{math.ceil(least / GIB)} GiB"
+    print(f"peak: {peak}; the smallest GPU it fits on: {smallest}")
     if gpu is None:
         print("--gpu_memory_gib N says whether it fits on a GPU of N GiB, and what to change if not")
-    elif fits(architecture, run, gpu):
+    elif least <= gpu:
         print(f"fits on a GPU of {gpu / GIB:g} GiB")
     else:
         print_ways_to_fit(architecture, run, gpu)
 
 
 def print_ways_to_fit(architecture: Architecture, run: Run, gpu: int) -> None:
-    """Prints single changes with what each saves, for a run that does not fit, and some that together are enough."""
+    """Prints single changes with what each saves, for a run that does not fit."""
     before = peak_memory(architecture, run, gpu)
+    changes = ways_to_fit(architecture, run, gpu)
     print(f"does not fit on a GPU of {gpu / GIB:g} GiB. What would help, each by itself:")
-    for change in ways_to_fit(architecture, run, gpu):
-        peak = change.peak(gpu)
+    for text, *changed in changes:
+        peak = peak_memory(*changed, gpu)
         saving = (
             f"saves {(before - peak) / GIB:.1f} GiB" if peak < before else f"takes {(peak - before) / GIB:.1f} GiB"
         )
-        print(f"  {change.text}: {saving}, {peak / GIB:.1f} GiB{', fits' if change.fits(gpu) else ''}")
-    together = combine_ways_to_fit(architecture, run, gpu)
-    if together is None:
-        print("all of these together are not enough: take a smaller model or a larger GPU")
-    else:
-        settings = "; ".join(change.text for change in together)
-        print(f"enough together: {settings}: {together[-1].peak(gpu) / GIB:.1f} GiB")
+        print(f"  {text}: {saving}, {peak / GIB:.1f} GiB{', fits' if least_gpu(*changed) <= gpu else ''}")
+    if not any(least_gpu(*changed) <= gpu for _, *changed in changes):
+        print("none of these is enough by itself: take several, a smaller model or a larger GPU")

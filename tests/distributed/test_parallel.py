@@ -24,6 +24,7 @@ ROOT = FOLDER.parent.parent
 CONFIGS = ROOT / "recipes/accelerate_configs"
 TIME_LIMIT = 300
 SETTINGS = {**DEFAULTS, "per_device_train_batch_size": 6, "log_completions": False, "learning_rate": 2e-3}
+SETTINGS |= {"repetition_penalty": 1.2, "penalize_log_probs": True}
 WORDS = "statin heart attack wheat bread pain salty snacks sweet cause adult espresso".split()
 
 

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -56,8 +57,9 @@ def why_incomplete(checkpoint: str | Path) -> str | None:
     """
     What a checkpoint lacks to resume from it.
 
-    Its files and their sizes are compared with the list written last. Checkpoints of runs that wrote no such list are
-    whole if `trainer_state.json`, which transformers writes last, can be read.
+    Its files and their sizes are compared with the list written last, and must be of the kind that their names say.
+    Other bytes within a tensor are not seen: that would take reading all of them. Checkpoints of runs that wrote no
+    such list are whole if `trainer_state.json`, which transformers writes last, can be read.
 
     Args:
         checkpoint (`str` or `Path`):
@@ -81,6 +83,8 @@ def why_incomplete(checkpoint: str | Path) -> str | None:
             return f"it lacks {name}"
         if (found := (checkpoint / name).stat().st_size) != size:
             return f"{name} has {found:,} bytes instead of {size:,}"
+        if _is_damaged(checkpoint / name):
+            return f"{name} is damaged"
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
         return f"it lacks {TRAINER_STATE_NAME}"
     if "global_step" not in (_read_object(checkpoint / TRAINER_STATE_NAME) or {}):
@@ -88,6 +92,23 @@ def why_incomplete(checkpoint: str | Path) -> str | None:
     if not listed.get("resumable", True):
         return "it was saved with save_only_model, without the state of the optimizer"
     return None
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether the headers of a file of tensors, or a file of JSON, cannot be read."""
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                pass
+        elif path.suffix in (".pt", ".pth", ".bin"):  # archives, as torch.save writes them
+            with ZipFile(path) as archive:
+                for name in archive.namelist():
+                    archive.open(name).close()
+    except (ValueError, RuntimeError, SafetensorError, BadZipFile):
+        return True
+    return False
 
 
 def _read_object(path: Path) -> dict[str, Any] | None:
@@ -102,14 +123,14 @@ def check_checkpoint(checkpoint: str | Path) -> None:
     """Raises an `InputError` if training cannot be resumed from a checkpoint."""
     reason = why_incomplete(checkpoint)
     if reason:
-        whole = last_whole_checkpoint(Path(checkpoint).parent)
+        whole = last_whole_checkpoint(Path(checkpoint).parent, quiet=True)
         raise InputError(
             f"resume_from_checkpoint is {checkpoint}, no whole checkpoint: {reason}. "
             + (f"Use {whole}." if whole else "Leave it out to go on from the last whole one of output_dir, if any.")
         )
 
 
-def last_whole_checkpoint(output_dir: str | Path, before: int | None = None) -> str | None:
+def last_whole_checkpoint(output_dir: str | Path, before: int | None = None, quiet: bool = False) -> str | None:
     """
     The newest checkpoint of a run that was written to its end.
 
@@ -120,6 +141,8 @@ def last_whole_checkpoint(output_dir: str | Path, before: int | None = None) -> 
             Folder of the run.
         before (`int`, *optional*):
             Step that it has to come before.
+        quiet (`bool`, *optional*, defaults to `False`):
+            Without the warning.
 
     Returns:
         `str`: its folder, `None` if there is none.
@@ -133,7 +156,8 @@ def last_whole_checkpoint(output_dir: str | Path, before: int | None = None) -> 
         reason = why_incomplete(found[step])
         if reason is None:
             return str(found[step])
-        logger.warning(f"{found[step]} is incomplete and skipped: {reason}. Delete it.")
+        if not quiet:
+            logger.warning(f"{found[step]} is incomplete and skipped: {reason}. Delete it.")
     return None
 
 

@@ -70,7 +70,8 @@ def run_command(command: Callable[[], None], resumes: bool = False) -> int:
             print(stop, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted" + ": the same command goes on from what has been saved" * resumes, file=sys.stderr)
+        more = ": the same command goes on from what has been saved, if anything has" * resumes
+        print(f"interrupted{more}", file=sys.stderr)
         return 130
     return 0
 

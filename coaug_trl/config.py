@@ -97,7 +97,8 @@ class CoAugConfig(GRPOConfig):
 
     > Defaults of GRPOConfig that differ: `num_generations=5`, `temperature=1.2`, `repetition_penalty=1.2`,
     > `scale_rewards="none"` (advantages are normalised here), `vllm_importance_sampling_correction=False`,
-    > `num_generations_eval=1` (dev evaluation is greedy), `bf16` only on a GPU that supports it.
+    > `num_generations_eval=1` (dev evaluation is greedy), `bf16` only on a GPU that supports it, and
+    > `metric_for_best_model` is `eval_nDCG@` of `ndcg_k` where the best checkpoint is asked for.
 
     Raises:
         `ValueError`: A field has a value that cannot work, or that would train on nothing. The message names the
@@ -221,6 +222,8 @@ class CoAugConfig(GRPOConfig):
         num_processes = int(os.environ.get("WORLD_SIZE", 1))
         self._validate()
         self._derive_batches(num_processes)
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
+            self.metric_for_best_model = f"eval_nDCG@{self.ndcg_k}"
         if self.bf16 is None:  # GRPOConfig would take it for granted, and not construct where there is no such GPU
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
@@ -248,6 +251,17 @@ class CoAugConfig(GRPOConfig):
             f"{self.updates_per_batch} optimizer step{'s' if self.updates_per_batch > 1 else ''}"
         )
 
+    @property
+    def processors_of_sampler_alone(self) -> list[str]:
+        """Settings that vLLM's log-probabilities include and the trainer's do not."""
+        active = {
+            "repetition_penalty": self.repetition_penalty != 1.0 and not self.penalize_log_probs,
+            "top_p": self.top_p < 1.0,
+            "top_k": self.top_k > 0,
+            "min_p": bool(self.min_p),
+        }
+        return [name for name, on in active.items() if on]
+
     def _validate(self):
         for name in (
             "queries_per_group",
@@ -255,6 +269,7 @@ class CoAugConfig(GRPOConfig):
             "groups_per_batch",
             "updates_per_batch",
             "per_device_train_batch_size",
+            "max_completion_length",
             "ndcg_k",
         ):
             if getattr(self, name) < 1:
@@ -264,6 +279,7 @@ class CoAugConfig(GRPOConfig):
             ("candidate_pool", ("group", "batch", "corpus")),
             ("reward_estimator", ("exact", "sampled")),
             ("advantage_normalization", ("center", "group", "batch")),
+            ("vllm_mode", ("server", "colocate")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(choices)}.")
@@ -315,11 +331,11 @@ class CoAugConfig(GRPOConfig):
                 legal = "0 or more" if most == math.inf else f"0 to {most}"
                 default = self.__dataclass_fields__[name].default
                 raise ValueError(f"{name} is {threshold}; use {legal}, such as {default:g}, or 0 to switch it off.")
-        best, logged = (self.metric_for_best_model or "").removeprefix("eval_"), f"nDCG@{self.ndcg_k}"
-        if best.startswith("nDCG@") and best not in (logged, f"{logged}_reward_statistics"):
+        best, logged = self.metric_for_best_model, f"nDCG@{self.ndcg_k}"
+        if best is not None and best.removeprefix("eval_") not in (logged, f"{logged}_reward_statistics"):
             raise ValueError(
-                f"metric_for_best_model is {self.metric_for_best_model!r}, but ndcg_k is {self.ndcg_k}, so that "
-                f"evaluations log eval_{logged}; use that."
+                f"metric_for_best_model is {best!r}, but evaluations measure eval_{logged} (ndcg_k is {self.ndcg_k}); "
+                "use that, or leave it out."
             )
         if len(self.text_type_scales) != 3 or min(self.text_type_scales) < 0:
             raise ValueError(
@@ -352,19 +368,19 @@ class CoAugConfig(GRPOConfig):
                 f"{self.multi_objective_aggregation!r}, but CoAugTrainer normalises advantages itself. Leave both out "
                 "and set advantage_normalization to 'center', 'group' or 'batch'."
             )
-        processors = {
-            "repetition_penalty": self.repetition_penalty != 1.0 and not self.penalize_log_probs,
-            "top_p": self.top_p < 1.0,
-            "top_k": self.top_k > 0,
-            "min_p": bool(self.min_p),
-        }
-        if self.use_vllm and self.vllm_importance_sampling_correction and any(processors.values()):
-            active = ", ".join(f"{name}={getattr(self, name)}" for name, on in processors.items() if on)
+        processors = self.processors_of_sampler_alone
+        if self.use_vllm and self.vllm_importance_sampling_correction and processors:
+            active = ", ".join(f"{name}={getattr(self, name)}" for name in processors)
             raise ValueError(
                 f"vllm_importance_sampling_correction is True with {active}: vLLM's log-probabilities include it, the "
                 "trainer's do not, and the correction would scale almost every sequence's loss to 0. Set "
                 "vllm_importance_sampling_correction to False"
-                + (", or penalize_log_probs to True." if processors["repetition_penalty"] else ".")
+                + (", or penalize_log_probs to True." if "repetition_penalty" in processors else ".")
+            )
+        if self.penalize_log_probs and self.cast_lm_head_to_fp32:
+            raise ValueError(
+                "cast_lm_head_to_fp32 is True with penalize_log_probs, whose LM head computes as the rest of the model; "
+                "set one of them to False."
             )
         continuous_batching = self.use_transformers_continuous_batching or self.use_transformers_paged
         if continuous_batching and self.repetition_penalty != 1.0:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RATIO = "sampling/importance_sampling_ratio/mean"
+RATIO = "sampling/sequence_ratio"
 LOG_PROBS = ("log_probs", "old_per_token_logps", "sampling_per_token_logps", "ref_per_token_logps")
 
 
@@ -59,7 +59,8 @@ def refuse_not_finite_weights(model: torch.nn.Module, state: TrainerState, outpu
             local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
             names.append(name)
             sums.append(local.detach().sum(dtype=torch.float32))
-    finite = torch.stack(sums).isfinite().tolist() if sums else []
+    # a model that is spread over several GPUs has them on each
+    finite = torch.stack([each.to(sums[0].device) for each in sums]).isfinite().tolist() if sums else []
     broken = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
     if largest(len(broken)):
         every = list(dict.fromkeys(gather_object(broken)))
@@ -69,13 +70,28 @@ def refuse_not_finite_weights(model: torch.nn.Module, state: TrainerState, outpu
         )
 
 
-def refuse_not_finite_gradient(norm: torch.Tensor | float | None, state: TrainerState, output_dir: str | Path) -> None:
-    """Raises a `TrainingStopped` if the norm of the gradient, the same on all processes, is NaN or Inf."""
+def refuse_not_finite_gradient(
+    norm: torch.Tensor | float | None, state: TrainerState, output_dir: str | Path, already_stepped: bool = False
+) -> None:
+    """
+    Raises a `TrainingStopped` if the norm of the gradient, the same on all processes, is NaN or Inf.
+
+    Args:
+        norm (`torch.Tensor` or `float`):
+            The norm, `None` if it is not known.
+        state ([`~transformers.TrainerState`]):
+            For the step and the checkpoints.
+        output_dir (`str` or `Path`):
+            Folder of the run.
+        already_stepped (`bool`, *optional*, defaults to `False`):
+            Whether the weights have been updated with this gradient, as DeepSpeed does within the backward pass.
+    """
     norm = norm.item() if isinstance(norm, torch.Tensor) else norm
     if norm is not None and not math.isfinite(norm):
+        unchanged = "" if already_stepped else ", and no weight was changed by it"
         raise TrainingStopped(
-            f"Training stopped at step {state.global_step + 1}: the gradient's norm is {norm}, and no weight was "
-            f"changed by it. {describe_checkpoints(state, output_dir)}"
+            f"Training stopped at step {state.global_step + 1}: the gradient's norm is {norm}{unchanged}. "
+            f"{describe_checkpoints(state, output_dir)}"
         )
 
 
@@ -227,10 +243,35 @@ class CollapseGuard(TrainerCallback):
 # An alarm
 
 
+def mean_sequence_ratio(batch: dict[str, Any]) -> torch.Tensor | None:
+    """
+    How far the trainer agrees with vLLM on the completions before the first update on them.
+
+    Args:
+        batch (`dict[str, Any]`):
+            Rollouts of a process, as TRL generates and scores them.
+
+    Returns:
+        `torch.Tensor`: mean over the completions of their probability by the trainer over that by vLLM, uncorrected and
+        unmasked; `None` if one of the two is not known: without vLLM, or where TRL computes the trainer's only during
+        the update, with one update per batch and without its importance sampling correction.
+    """
+    trainer, sampler = (batch.get(name) for name in ("old_per_token_logps", "sampling_per_token_logps"))
+    if trainer is None or sampler is None:
+        return None
+    # as TRL does, single tokens that vLLM gives none for count as equal
+    difference = torch.nan_to_num((trainer - sampler) * batch["completion_mask"], nan=0.0)
+    return difference.sum(dim=1).exp().mean()
+
+
 class RatioAlarm(TrainerCallback):
     """
-    Warns when vLLM and the trainer disagree on the probability of the completions: when the mean importance ratio that
-    TRL logs leaves [0.5, 2]. Once, until it has come back.
+    Warns when vLLM and the trainer disagree on the probability of the completions: when the mean importance ratio
+    leaves [0.5, 2]. Once, until it has come back.
+
+    The ratio is logged as `sampling/sequence_ratio`, see [`mean_sequence_ratio`]. It would say nothing where vLLM's
+    probabilities include what the trainer's do not, a repetition penalty without `penalize_log_probs`, `top_p`, `top_k`
+    or `min_p`: there it is not logged, and there is no alarm.
     """
 
     def __init__(self):
@@ -244,8 +285,8 @@ class RatioAlarm(TrainerCallback):
         if outside and not self._outside and state.is_world_process_zero:
             logger.warning(
                 f"step {state.global_step}: the mean importance ratio between trainer and vLLM is {ratio:.3g}, outside "
-                "[0.5, 2]: they disagree on the policy, and most of the loss may be scaled away. Check that vLLM has "
-                "the trained weights and the same precision, that penalize_log_probs is true with a repetition "
-                "penalty, and that updates_per_batch and learning_rate are not too high."
+                "[0.5, 2]: they disagree on the policy, so that it is not trained on its own completions, and TRL's "
+                "correction would scale most of the loss away. Check that vLLM has the trained weights and the same "
+                "precision."
             )
         self._outside = outside

@@ -28,8 +28,12 @@ class StopOnSignal(TrainerCallback):
     signal (130 or 143). A second Ctrl-C interrupts at once.
 
     All processes leave together, whichever of them got the signal. An evaluation that is due at this step comes first,
-    so that the resumed run is the same as one that was not interrupted. Launchers wait for a while before they kill:
-    torchrun and `accelerate launch` 30 s, unless `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` says more.
+    so that the resumed run is the same as one that was not interrupted.
+
+    Launchers of several processes wait for a while before they kill: torchrun and `accelerate launch` 30 s, unless
+    `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` says more. They send SIGTERM also when one process has died. The others then wait
+    for it, in a step that never ends, until they are killed: the longer the timeout, the longer the machine stands
+    still. For a single process `accelerate launch` passes no signal on; use `coaug train`, or signal the process.
     """
 
     def __init__(self):
@@ -59,7 +63,8 @@ class StopOnSignal(TrainerCallback):
             self.received, self._since = number, time.monotonic()
             if int(os.environ.get("RANK", 0)) == 0:
                 # Not by print or logging, which may be what was interrupted.
-                more = "; once more to stop at once" if number == signal.SIGINT else ""
+                more = ", if all processes are still there" * (int(os.environ.get("WORLD_SIZE", 1)) > 1)
+                more += "; once more to stop at once" * (number == signal.SIGINT)
                 os.write(2, f"\n{NAMES[number]}: saving when this step has ended{more}\n".encode())
             return
         launched = "TORCHELASTIC_RUN_ID" in os.environ

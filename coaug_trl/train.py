@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import math
 import os
 import sys
 import warnings
@@ -12,6 +13,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback, set_seed
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from .checkpoints import check_checkpoint, last_whole_checkpoint, saving
@@ -90,7 +92,7 @@ class CoAugScriptArguments:
             raise InputError("The test split is for coaug evaluate alone; train on 'train' and evaluate on 'dev'.")
         if self.retriever not in ("bm25", "dense"):  # argparse does not check the values of a recipe
             raise InputError(f"retriever is {self.retriever!r}; use bm25 or dense.")
-        if self.gpu_memory_gib is not None and not self.gpu_memory_gib > 0:
+        if self.gpu_memory_gib is not None and not 0 < self.gpu_memory_gib < math.inf:
             raise InputError(f"gpu_memory_gib is {self.gpu_memory_gib}; use the GPU's memory in GiB, such as 24.")
 
 
@@ -110,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     set_up_logging()
     script_args, training_args, model_args = parse_arguments(arguments)
-    given = training_args.resume_from_checkpoint
+    given = given_checkpoint(training_args)
     if given:
         check_checkpoint(given)
 
@@ -152,6 +154,30 @@ def main(arguments: list[str] | None = None) -> None:
         trainer.push_to_hub()
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # processes that leave without it may abort when all is done
+
+
+def given_checkpoint(training_args: CoAugConfig) -> str | None:
+    """
+    The checkpoint that `resume_from_checkpoint` names; `None` to go on from the last whole one, if there is one.
+
+    Raises:
+        `InputError`: It is true and there is none, or false.
+    """
+    given = training_args.resume_from_checkpoint
+    # A recipe gives a boolean, the command line a string.
+    asked = {"true": True, "false": False}.get(str(given).lower())
+    if asked is None:
+        return given
+    output_dir = training_args.output_dir
+    if not asked:
+        raise InputError(
+            f"resume_from_checkpoint is {given}, but a run goes on from the last whole checkpoint of its output_dir "
+            f"({output_dir}), if there is one; leave it out, or choose another output_dir to start afresh."
+        )
+    if last_whole_checkpoint(output_dir, quiet=True) is None:
+        raise InputError(f"resume_from_checkpoint is {given}, but {output_dir} has no whole checkpoint; leave it out.")
+    training_args.resume_from_checkpoint = None  # which is the same
+    return None
 
 
 def make_parts(
@@ -220,17 +246,20 @@ def make_trainer(
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    trainer = CoAugTrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_collection=train_collection,
-        retriever=retriever,
-        prompt_set=prompt_set,
-        eval_collection=eval_collection,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
-        quantization_config=get_quantization_config(model_args),
-    )
+    try:
+        trainer = CoAugTrainer(
+            model=model_args.model_name_or_path,
+            args=training_args,
+            train_collection=train_collection,
+            retriever=retriever,
+            prompt_set=prompt_set,
+            eval_collection=eval_collection,
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model_args),
+            quantization_config=get_quantization_config(model_args),
+        )
+    except ImportError as error:  # vLLM, bitsandbytes, flash-attn
+        raise InputError(f"A package that the settings need is missing: {error}") from error
     if not training_args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(CompactProgressCallback)
@@ -286,6 +315,15 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[CoAugScriptArgu
         )
     if model_args.dtype not in DTYPES:
         raise InputError(f"dtype is {model_args.dtype!r}; use one of {', '.join(DTYPES)}.")
+    attention = model_args.attn_implementation
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if attention is not None and attention not in known and "/" not in attention:  # with a slash, a kernel of the Hub
+        raise InputError(f"attn_implementation is {attention!r}; use one of {', '.join(known)}, or leave it out.")
+    if training_args.use_vllm and (model_args.load_in_4bit or model_args.load_in_8bit):
+        raise InputError(
+            "use_vllm is True with a quantized model, whose weights cannot be handed to vLLM; set use_vllm to False, or "
+            "leave out load_in_4bit and load_in_8bit."
+        )
     return script_args, training_args, model_args
 
 

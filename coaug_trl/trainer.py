@@ -37,8 +37,10 @@ from .evaluation import evaluate_run, retrieve
 from .files import write_json
 from .groups import TEXT_TYPES, CompositeGroups, Group, GroupCollator, GroupSampler
 from .guards import (
+    RATIO,
     CollapseGuard,
     RatioAlarm,
+    mean_sequence_ratio,
     refuse_not_finite_gradient,
     refuse_not_finite_loss,
     refuse_not_finite_weights,
@@ -120,6 +122,7 @@ class CoAugTrainer(GRPOTrainer):
     ):
         prompt_set = prompt_set or PromptSet.default(retriever.kind)
         check_prompt_set(prompt_set, retriever, args)
+        check_best_metric(retriever, args)
         self.train_collection = train_collection
         self.eval_collection = eval_collection
         self.retriever = retriever
@@ -205,6 +208,7 @@ class CoAugTrainer(GRPOTrainer):
             )
         for model in (self.model, self.ref_model):
             if model is not None:
+                model = self.accelerator.unwrap_model(model)  # DeepSpeed has wrapped the reference by now
                 model = model.get_base_model() if is_peft_model(model) else model
                 add_sampler_head(model, self.temperature, self.repetition_penalty)
 
@@ -280,6 +284,9 @@ class CoAugTrainer(GRPOTrainer):
         num_cut = self.accelerator.gather(torch.tensor([num_cut], device=advantages.device)).sum().item()
         self._metrics["train"]["documents_cut"].append(num_cut)
         self._log_cut(num_cut, "a generation batch")
+        ratio = mean_sequence_ratio(output)
+        if ratio is not None and not self.args.processors_of_sampler_alone:
+            self._metrics["train"][RATIO].append(self.accelerator.gather(ratio).mean().item())
         return output
 
     def _log_cut(self, num_cut: int, where: str):
@@ -337,8 +344,8 @@ class CoAugTrainer(GRPOTrainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
-        if self.accelerator.scaler is None:  # which skips such a step, and takes a smaller scale
-            refuse_not_finite_gradient(norm, self.state, self.args.output_dir)
+        if self.accelerator.mixed_precision != "fp16":  # which skips such a step, and takes a smaller scale
+            refuse_not_finite_gradient(norm, self.state, self.args.output_dir, self.is_deepspeed_enabled)
         return norm
 
     # Evaluation on the dev collection
@@ -520,9 +527,14 @@ class CoAugTrainer(GRPOTrainer):
                     finish_checkpoint(folder, resumable=not self.args.save_only_model)
         finally:
             self.args.save_total_limit = limit
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(folder))
         if self.args.should_save:
             rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
         self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Not yet: the base class would push it before it is marked as whole."""
 
     def _save_own_state(self, folder: Path) -> None:
         step = self._step % (self.args.steps_per_generation * self.num_iterations)
@@ -573,6 +585,15 @@ def check_prompt_set(prompt_set: PromptSet, retriever: Retriever, args: CoAugCon
             f"PromptSet.default({retriever.kind!r}) or one of your own of that kind."
         )
     prompt_set.check_sides(("query", "document") if args.augment == "both" else (args.augment,))
+
+
+def check_best_metric(retriever: Retriever, args: CoAugConfig) -> None:
+    """Raises an `InputError` if the best checkpoint is to be told by what this retriever has no measure of."""
+    if retriever.kind != "sparse" and (args.metric_for_best_model or "").endswith("_reward_statistics"):
+        raise InputError(
+            f"metric_for_best_model is {args.metric_for_best_model!r}, which is measured with BM25 alone; use "
+            f"eval_nDCG@{args.ndcg_k}, or leave it out."
+        )
 
 
 def corpus_documents(

@@ -155,7 +155,9 @@ def test_interruption_says_how_to_go_on(capsys):
         raise KeyboardInterrupt
 
     assert cli.run_command(interrupted, resumes=True) == 130
-    assert capsys.readouterr().err == "interrupted: the same command goes on from what has been saved\n"
+    assert (
+        capsys.readouterr().err == "interrupted: the same command goes on from what has been saved, if anything has\n"
+    )
     assert cli.run_command(interrupted) == 130  # nothing of it was saved
     assert capsys.readouterr().err == "interrupted\n"
 

@@ -1,6 +1,7 @@
 import copy
 import re
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import assume, given, settings
@@ -8,7 +9,8 @@ from hypothesis import strategies as st
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig, TrlParser
 
-from coaug_trl import CoAugConfig
+from coaug_trl import BM25Retriever, CoAugConfig, InputError
+from coaug_trl.trainer import check_best_metric
 
 
 def make_config(**kwargs):
@@ -100,6 +102,20 @@ def derive(config, num_processes, **kwargs):
     return derived
 
 
+@pytest.mark.parametrize("changes", [{"load_best_model_at_end": True}, {"save_strategy": "best"}])
+def test_checkpoints_are_compared_by_the_measure_of_evaluations(changes):
+    config = make_config(**{"eval_strategy": "steps", "eval_steps": 5, "save_steps": 5, "ndcg_k": 20, **changes})
+    assert (config.metric_for_best_model, config.greater_is_better) == ("eval_nDCG@20", True)
+    assert make_config().metric_for_best_model is None  # nobody asks for the best
+
+
+def test_a_measure_of_bm25_compares_no_checkpoints_of_a_dense_retriever():
+    config = make_config(metric_for_best_model="eval_nDCG@10_reward_statistics")
+    check_best_metric(BM25Retriever(), config)
+    with pytest.raises(InputError, match="_reward_statistics', which is measured with BM25 alone; use eval_nDCG@10,"):
+        check_best_metric(SimpleNamespace(kind="dense"), config)
+
+
 batches = st.fixed_dictionaries(
     {
         "augment": st.sampled_from(["both", "query", "document"]),
@@ -188,6 +204,12 @@ def test_processes_that_cannot_share_the_groups_evenly_are_told_what_they_could(
         ({"updates_per_batch": -1}, "updates_per_batch is -1; use at least 1", {"updates_per_batch": 1}),
         ({"ndcg_k": 0}, "ndcg_k is 0; use at least 1", {"ndcg_k": 1}),
         (
+            {"max_completion_length": 0},
+            "max_completion_length is 0; use at least 1",
+            {"max_completion_length": 1},
+        ),
+        ({"vllm_mode": "servr"}, "vllm_mode is 'servr'; use one of server, colocate", {"vllm_mode": "server"}),
+        (
             {"per_device_train_batch_size": 0},
             "per_device_train_batch_size is 0; use at least 1",
             {"per_device_train_batch_size": 1},
@@ -235,8 +257,13 @@ def test_processes_that_cannot_share_the_groups_evenly_are_told_what_they_could(
         ({"relevant_weight": -1.0}, "relevant_weight is -1.0; use 0 or more, such as 10", {"relevant_weight": 0.0}),
         (
             {"metric_for_best_model": "eval_nDCG@10", "ndcg_k": 20},
-            "metric_for_best_model is 'eval_nDCG@10', but ndcg_k is 20, so that evaluations log eval_nDCG@20; use that",
+            "metric_for_best_model is 'eval_nDCG@10', but evaluations measure eval_nDCG@20 (ndcg_k is 20); use that",
             {"metric_for_best_model": "eval_nDCG@20", "ndcg_k": 20},
+        ),
+        (
+            {"metric_for_best_model": "loss"},
+            "metric_for_best_model is 'loss', but evaluations measure eval_nDCG@10 (ndcg_k is 10); use that, or leave",
+            {"metric_for_best_model": "nDCG@10_reward_statistics"},
         ),
         ({"eval_corpus_size": 0}, "eval_corpus_size is 0; use at least 1, or leave it out", {"eval_corpus_size": 1}),
         (

@@ -2,18 +2,19 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from test_trainer import DEFAULTS, PROMPT_SET, assert_equal_weights, logged, saved_weights, weights
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainerState
 
 from coaug_trl import BM25Retriever, CoAugConfig, CoAugTrainer
 from coaug_trl.cli import main
 from coaug_trl.errors import TrainingStopped
-from coaug_trl.guards import RATIO
+from coaug_trl.guards import RATIO, refuse_not_finite_gradient
 
 
 SETTINGS = {
@@ -107,6 +108,23 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(build, tmp_path):
         and "no weight was changed" in message
     )
     assert_equal_weights(weights(trainer.model), saved_weights(tmp_path / "checkpoint-1"))
+
+
+def test_where_the_weights_have_been_updated_nothing_else_is_said(tmp_path):
+    for already_stepped in (False, True):
+        with pytest.raises(TrainingStopped, match="the gradient's norm is nan") as stopped:
+            refuse_not_finite_gradient(math.nan, TrainerState(), tmp_path, already_stepped)
+        assert ("no weight was changed" in str(stopped.value)) is not already_stepped
+
+
+def test_an_overflow_in_float16_is_left_to_what_scales_the_loss(build, tmp_path, monkeypatch):
+    trainer = build(tmp_path)
+    with pytest.raises(TrainingStopped):
+        trainer._get_grad_norm(trainer.model, torch.tensor(torch.inf))
+    # DeepSpeed scales the loss itself, and accelerate then has no scaler
+    monkeypatch.setattr(type(trainer.accelerator), "mixed_precision", "fp16")
+    assert trainer.accelerator.scaler is None
+    assert trainer._get_grad_norm(trainer.model, torch.tensor(torch.inf)) == torch.inf
 
 
 def test_an_infinite_reward_stops_and_saves_its_rows(build, tmp_path):
@@ -299,7 +317,7 @@ def test_a_ratio_out_of_range_is_said_once_until_it_comes_back(build, tmp_path, 
     ratios = [1.0, 0.4, 0.3, 0.9, 2.5, 2.6]
 
     class WithRatio(CoAugTrainer):
-        """As TRL logs it with vLLM."""
+        """As it is measured with vLLM."""
 
         def _generate_and_score_completions(self, inputs):
             self._metrics["train"][RATIO].append(ratios[self.state.global_step])
@@ -314,7 +332,56 @@ def test_a_ratio_out_of_range_is_said_once_until_it_comes_back(build, tmp_path, 
     assert "is 0.4, outside [0.5, 2]" in lines[0] and "is 2.5, outside [0.5, 2]" in lines[1]
 
 
+class WithSampler(CoAugTrainer):
+    """As with vLLM: what generates says how probable each token was, by a computation of its own."""
+
+    ratio = 1.0
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        completion_ids, _ = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        log_probs = []
+        for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
+            with torch.no_grad():
+                logits = self.model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+            chosen = (logits / self.temperature).log_softmax(dim=1)[range(len(completion)), completion]
+            log_probs.append((chosen - math.log(self.ratio) / len(completion)).tolist())
+        return completion_ids, log_probs
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.3])
+def test_the_ratio_is_measured_without_a_correction(build, tmp_path, caplog, ratio):
+    class Differs(WithSampler):
+        pass
+
+    Differs.ratio = ratio
+    trainer = build(tmp_path, Differs, repetition_penalty=1.0, save_strategy="no")
+    trainer.train()
+    assert [*logged(trainer, RATIO).values()] == pytest.approx([ratio] * 2, rel=1e-3)
+    assert ("mean importance ratio between trainer and vLLM is 0.3, " in caplog.text) == (ratio == 0.3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"repetition_penalty": 1.2}, {"top_p": 0.9}, {"updates_per_batch": 1}],
+    ids=["penalty", "top_p", "one update"],
+)
+def test_a_ratio_that_cannot_be_known_is_not_logged(build, tmp_path, caplog, changes):
+    changes = {"repetition_penalty": 1.0, "max_steps": 2, "save_strategy": "no", **changes}
+    trainer = build(tmp_path, WithSampler, **changes)
+    trainer.train()
+    assert not logged(trainer, RATIO) and "importance ratio" not in caplog.text
+
+
 # Rewards that fail
+
+
+def test_an_asynchronous_reward_works_on_one_process(build, tmp_path):
+    async def later(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    trainer = build(tmp_path, reward_funcs=later, max_steps=1, save_strategy="no")
+    trainer.train()
+    assert logged(trainer, "rewards/later/mean") == {1: 1.0}
 
 
 class OutOfMemory(BM25Retriever):

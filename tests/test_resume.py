@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -17,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from test_trainer import DEFAULTS, PROMPT_SET, assert_equal_weights, saved_weights, weights
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from coaug_trl import BM25Retriever, CoAugConfig, CoAugTrainer, InputError
 from coaug_trl.checkpoints import (
@@ -32,14 +33,15 @@ from coaug_trl.cli import main
 
 
 ROOT = Path(__file__).parent.parent
-# Three optimizer steps on a generation batch, and statistics that follow the rollouts: much to lose between two saves.
+# Three optimizer steps on a generation batch, six in an epoch, and statistics that follow the rollouts: much to lose
+# between two saves.
 SETTINGS = {
     **DEFAULTS,
     "log_completions": False,
     "updates_per_batch": 3,
     "running_statistics": True,
     "learning_rate": 2e-3,
-    "max_steps": 5,
+    "max_steps": 8,
     "save_strategy": "steps",
     "save_steps": 1,
 }
@@ -47,9 +49,17 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def build(tiny_model, collection):
-    def build(output_dir, callbacks=(), **changes):
+    def build(output_dir, callbacks=(), eval_collection=None, **changes):
         args = CoAugConfig(output_dir=str(output_dir), **{**SETTINGS, **changes})
-        return CoAugTrainer(str(tiny_model), args, collection, BM25Retriever(), PROMPT_SET, callbacks=list(callbacks))
+        return CoAugTrainer(
+            str(tiny_model),
+            args,
+            collection,
+            BM25Retriever(),
+            PROMPT_SET,
+            eval_collection=eval_collection,
+            callbacks=list(callbacks),
+        )
 
     return build
 
@@ -103,20 +113,20 @@ def assert_equal_checkpoints(found: Path, expected: Path):
 
 
 def test_a_run_resumed_from_any_step_is_the_same_run(build, whole_run, tmp_path):
-    expected = Path(whole_run.args.output_dir) / "checkpoint-5"
+    expected = Path(whole_run.args.output_dir) / "checkpoint-8"
     assert json.loads((expected / STATE_FILE).read_text())["retriever_state"] != build(tmp_path).retriever.state()
-    for step in range(1, 5):
+    for step in range(1, 8):
         run = tmp_path / f"from-{step}"
         trainer = build(run)
         trainer.train(resume_from_checkpoint=str(expected.with_name(f"checkpoint-{step}")))
-        assert_equal_checkpoints(run / "checkpoint-5", expected)
+        assert_equal_checkpoints(run / "checkpoint-8", expected)
         assert_equal_weights(weights(trainer.model), weights(whole_run.model))
 
 
 def test_a_finished_run_is_not_trained_on(build, whole_run, run_copy):
     trainer = build(run_copy)
     trainer.train(resume_from_checkpoint=True)
-    assert trainer.state.global_step == 5
+    assert trainer.state.global_step == 8
     assert_equal_weights(weights(trainer.model), weights(whole_run.model))
 
 
@@ -124,7 +134,7 @@ def test_a_finished_run_is_not_trained_on(build, whole_run, run_copy):
 
 
 def test_a_checkpoint_that_lacks_or_cuts_any_file_is_skipped_and_named(run_copy, caplog):
-    newest, before = run_copy / "checkpoint-5", run_copy / "checkpoint-4"
+    newest, before = run_copy / "checkpoint-8", run_copy / "checkpoint-7"
     names = [path.name for path in newest.iterdir()]
     assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", STATE_FILE} <= set(names)
     assert (newest / "rollouts_0.safetensors").is_file()
@@ -143,19 +153,19 @@ def test_a_checkpoint_that_lacks_or_cuts_any_file_is_skipped_and_named(run_copy,
 
 
 def test_a_checkpoint_that_was_begun_is_not_whole(run_copy):
-    newest = run_copy / "checkpoint-5"
+    newest = run_copy / "checkpoint-8"
     for content in ('{"files": null}', "", '{"fil'):
         (newest / FILES_FILE).write_text(content)
         assert why_incomplete(newest)
     shutil.rmtree(newest)
     newest.mkdir()
     assert why_incomplete(newest) == "it lacks trainer_state.json"
-    assert last_whole_checkpoint(run_copy) == str(run_copy / "checkpoint-4")
-    assert last_whole_checkpoint(run_copy, before=4) == str(run_copy / "checkpoint-3")
+    assert last_whole_checkpoint(run_copy) == str(run_copy / "checkpoint-7")
+    assert last_whole_checkpoint(run_copy, before=7) == str(run_copy / "checkpoint-6")
 
 
 def test_checkpoints_of_older_runs_are_whole_if_their_state_can_be_read(run_copy):
-    newest = run_copy / "checkpoint-5"
+    newest = run_copy / "checkpoint-8"
     (newest / FILES_FILE).unlink()
     assert why_incomplete(newest) is None
     state = (newest / "trainer_state.json").read_text()
@@ -186,6 +196,59 @@ def test_old_checkpoints_go_only_when_the_new_one_is_whole(build, tmp_path, monk
         build(tmp_path, save_total_limit=1, max_steps=3).train(resume_from_checkpoint=True)
     assert (tmp_path / "checkpoint-3" / "trainer_state.json").is_file()
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+@pytest.mark.parametrize("damage", ["noise", "zeros", "half zeros"])
+def test_damage_that_keeps_a_files_size_is_seen(command, run_copy, caplog, damage):
+    newest, before = run_copy / "checkpoint-8", run_copy / "checkpoint-7"
+    for path in newest.iterdir():
+        if path.suffix not in (".json", ".safetensors", ".pt", ".pth", ".bin") or path.name == FILES_FILE:
+            continue  # texts that resuming does not read
+        content = path.read_bytes()
+        zeros = bytes(len(content) if damage == "zeros" else len(content) // 2)
+        path.write_bytes(
+            random.Random(0).randbytes(len(content)) if damage == "noise" else zeros + content[len(zeros) :]
+        )
+        assert why_incomplete(newest) == f"{path.name} is damaged"
+        with pytest.raises(InputError, match=rf"{newest}, no whole checkpoint: {path.name} is damaged. Use {before}"):
+            check_checkpoint(newest)
+        path.write_bytes(content)
+    assert why_incomplete(newest) is None
+    (newest / "optimizer.pt").write_bytes(bytes((newest / "optimizer.pt").stat().st_size))
+    assert exit_code(command(run_copy)) == 0
+    assert f"{newest} is incomplete and skipped: optimizer.pt is damaged. Delete it." in caplog.text
+    assert f"Resuming from {before}" in caplog.text
+
+
+def test_a_checkpoint_is_pushed_when_it_is_whole(build, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        Trainer,
+        "_push_from_checkpoint",
+        lambda self, folder: pushed.append((Path(folder).name, why_incomplete(folder))),
+    )
+    trainer = build(tmp_path, max_steps=2)
+    trainer.args.push_to_hub = True
+    trainer.train()
+    assert pushed == [("checkpoint-1", None), ("checkpoint-2", None)]
+
+
+def test_the_best_checkpoint_is_that_of_the_best_evaluation(build, collection, tmp_path):
+    trainer = build(
+        tmp_path,
+        eval_collection=collection.with_split("dev"),
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        max_steps=3,
+        learning_rate=2e-2,
+    )
+    trainer.train()
+    measured = {row["step"]: row["eval_nDCG@10"] for row in trainer.state.log_history if "eval_nDCG@10" in row}
+    assert len(set(measured.values())) > 1
+    best = max(measured, key=measured.get)  # the first of equals
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    assert_equal_weights(weights(trainer.model), saved_weights(tmp_path / f"checkpoint-{best}"))
 
 
 # Ctrl-C and SIGTERM
@@ -349,20 +412,40 @@ def assert_one_clear_error(code: int, printed: str, run: Path):
     assert not (run / "model.safetensors").exists()
 
 
-def test_an_incomplete_checkpoint_is_refused_by_name(command, run_copy, capfd):
-    (run_copy / "checkpoint-5" / "optimizer.pt").unlink()
-    given = ["--resume_from_checkpoint", str(run_copy / "checkpoint-5")]
+def test_an_incomplete_checkpoint_is_refused_by_name(command, run_copy, capfd, caplog):
+    (run_copy / "checkpoint-8" / "optimizer.pt").unlink()
+    given = ["--resume_from_checkpoint", str(run_copy / "checkpoint-8")]
     assert exit_code([*command(run_copy), *given]) == 2
     assert capfd.readouterr().err.endswith(
-        f"error: resume_from_checkpoint is {run_copy / 'checkpoint-5'}, no whole checkpoint: it lacks optimizer.pt. "
-        f"Use {run_copy / 'checkpoint-4'}.\n"
+        f"error: resume_from_checkpoint is {run_copy / 'checkpoint-8'}, no whole checkpoint: it lacks optimizer.pt. "
+        f"Use {run_copy / 'checkpoint-7'}.\n"
     )
+    assert "Delete it" not in caplog.text  # the error says all
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("true", "resume_from_checkpoint is true, but {run} has no whole checkpoint; leave it out."),
+        (True, "resume_from_checkpoint is True, but {run} has no whole checkpoint; leave it out."),
+        ("false", "resume_from_checkpoint is false, but a run goes on from the last whole checkpoint of its"),
+        (False, "resume_from_checkpoint is False, but a run goes on from the last whole checkpoint of its"),
+    ],
+)
+def test_resume_from_checkpoint_is_no_folder_called_true(command, tmp_path, capfd, value, message):
+    assert exit_code(command(tmp_path / "run", resume_from_checkpoint=value)) == 2
+    assert f"error: {message.format(run=tmp_path / 'run')}" in capfd.readouterr().err
+
+
+def test_a_run_that_is_told_to_resume_does(command, run_copy, caplog):
+    assert exit_code([*command(run_copy), "--resume_from_checkpoint", "true"]) == 0
+    assert f"Resuming from {run_copy / 'checkpoint-8'}" in caplog.text
 
 
 def test_other_errors_while_saving_stay_what_they_are(run_copy):
-    with pytest.raises(RuntimeError, match="^gloo$"), saving(run_copy / "checkpoint-5", run_copy):
+    with pytest.raises(RuntimeError, match="^gloo$"), saving(run_copy / "checkpoint-8", run_copy):
         raise RuntimeError("gloo")
-    assert why_incomplete(run_copy / "checkpoint-5") is None
+    assert why_incomplete(run_copy / "checkpoint-8") is None
 
 
 def test_a_full_disk_while_completions_are_logged_ends_in_one_line(command, tmp_path, capfd):
@@ -430,5 +513,5 @@ def test_a_run_killed_at_random_is_the_same_run(command, tmp_path, whole_run):
             process.wait()
             kills += 1
     assert process.returncode == 0 and kills >= 2
-    assert_equal_checkpoints(run / "checkpoint-5", Path(whole_run.args.output_dir) / "checkpoint-5")
+    assert_equal_checkpoints(run / "checkpoint-8", Path(whole_run.args.output_dir) / "checkpoint-8")
     assert_equal_weights(saved_weights(run), weights(whole_run.model))

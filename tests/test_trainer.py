@@ -685,6 +685,7 @@ SIGNATURES = {
     (Trainer, "train"): ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     (Trainer, "_get_grad_norm"): ["self", "model", "grad_norm"],
     (Trainer, "_save"): ["self", "output_dir", "state_dict"],
+    (Trainer, "_push_from_checkpoint"): ["self", "checkpoint_folder"],
     (Trainer, "_get_output_dir"): ["self", "trial"],
     (Trainer, "evaluation_loop"): [
         *("self", "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix")

@@ -3,9 +3,11 @@
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from ..distributed import run_together
+from ..errors import InputError
 from ..groups import Group
 
 
@@ -27,7 +29,15 @@ def fail_together(reward: Any) -> Any:
 
     Returns:
         `RewardFunc`: the same reward under the same name, with an error that names process and batch.
+
+    Raises:
+        `InputError`: The reward is asynchronous and there are several processes.
     """
+    if is_async_callable(reward) and PartialState().num_processes > 1:
+        raise InputError(
+            f"The reward function {get_callable_name(reward)} is asynchronous: with several processes, one that fails "
+            "would leave the others waiting. Give a synchronous function that runs it with asyncio.run."
+        )
     if not callable(reward) or isinstance(reward, torch.nn.Module) or is_async_callable(reward):
         return reward
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 from two_processes_worker import FailsOnTheSecondProcess, equal, weights
 
-from coaug_trl import CoAugConfig, CoAugTrainer, Collection
+from coaug_trl import CoAugConfig, CoAugTrainer, Collection, InputError
 from coaug_trl.errors import TrainingStopped
 from coaug_trl.prompts import PromptSet
 from coaug_trl.retrieval import BM25Retriever
@@ -53,6 +53,10 @@ def reward_fails(completions, **kwargs):
 
 def reward_is_short(completions, **kwargs):
     return [0.0] * (len(completions) - PartialState().process_index)
+
+
+async def reward_later(completions, **kwargs):
+    return [0.0] * len(completions)
 
 
 def build_with(given, output_dir, callbacks=(), reward_funcs=(), retriever=None, **changes):
@@ -105,6 +109,10 @@ def main():
         "retriever": {"retriever": FailsOnTheSecondProcess()},
     }.items():
         results[name] = outcome(build_with(given, output_dir / name, **changes))
+    try:
+        build_with(given, output_dir / "asynchronous", reward_funcs=[reward_later])
+    except InputError as error:
+        results["asynchronous"] = str(error)
     (output_dir / f"results_{state.process_index}.json").write_text(json.dumps(results))
     state.wait_for_everyone()
     state.destroy_process_group()

@@ -88,6 +88,11 @@ def test_a_reward_that_fails_on_one_process_stops_both_and_names_its_batch(two, 
     assert abs(two[0][name]["at"] - two[1][name]["at"]) < 10
 
 
+def test_an_asynchronous_reward_is_refused_on_both(two):
+    for results in two:
+        assert results["asynchronous"].startswith("The reward function reward_later is asynchronous: with several ")
+
+
 # The command, under the launcher
 
 
@@ -141,6 +146,7 @@ def test_a_signal_to_the_launcher_saves_and_says_how_to_go_on(command, tmp_path,
         process.send_signal(number)
     _, errors = process.communicate(timeout=TIME_LIMIT)
     assert process.returncode != 0
+    assert "saving when this step has ended, if all processes are still there" in errors
     checkpoint = last_whole_checkpoint(run)
     (line,) = [line for line in errors.splitlines() if "the same command goes on from" in line]
     name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"

@@ -128,6 +128,7 @@ def test_with_penalized_log_probs_the_ratio_is_one_and_the_correction_may_stay_o
         assert entry["sampling/sampling_logp_difference/max"] < 1e-3
         assert entry["sampling/importance_sampling_ratio/min"] == pytest.approx(1, abs=1e-2)
         assert entry["sampling/importance_sampling_ratio/max"] == pytest.approx(1, abs=1e-2)
+        assert entry["sampling/sequence_ratio"] == pytest.approx(1, abs=1e-2)
 
 
 def test_dev_evaluation_is_greedy_with_the_engine(train):

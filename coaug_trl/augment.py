@@ -1,8 +1,10 @@
 """Augment many texts with a policy, and keep the answers in a folder that search and evaluation read."""
 
+import contextlib
 import hashlib
 import itertools
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -187,6 +189,8 @@ class Augmenter:
         self.name = name or model.name_or_path
         self.revision = revision
         self.throughput: dict[str, Throughput] = {}
+        made_with = (self.name, revision, settings.prompt_set.hash, asdict(settings.generation))
+        self._made_with = json.dumps(made_with).encode()
 
     @classmethod
     def from_pretrained(
@@ -258,7 +262,9 @@ class Augmenter:
         else:
             raise InputError(f"There is no engine {engine!r}; use {' or '.join(ENGINES)}.")
         revision = _revision_of(model_name_or_path, revision, trust_remote_code)
-        return cls(model, tokenizer, settings, batch_size, name=str(model_name_or_path), revision=revision)
+        return cls(
+            model, tokenizer, settings, batch_size, name=os.path.normpath(model_name_or_path), revision=revision
+        )
 
     def generate(self, side: str, texts: list[str]) -> list[Augmentation]:
         """
@@ -282,9 +288,10 @@ class Augmenter:
     ) -> Iterator[tuple[Any, Augmentation, Completion]]:
         """Augments texts, each with a tag, as they come; yields them as they are finished."""
         completions = self.engine.complete(self._prompts(side, texts), self.settings.generation, temperature, seed)
-        for (tag, truncated), completion in completions:
-            answer, complete = extract_answer(completion.text), has_answer(completion.text)
-            yield tag, Augmentation(answer, complete, truncated), completion
+        with contextlib.closing(completions):
+            for (tag, truncated), completion in completions:
+                answer, complete = extract_answer(completion.text), has_answer(completion.text)
+                yield tag, Augmentation(answer, complete, truncated), completion
 
     def _prompts(self, side: str, texts: Iterable[tuple[Any, str]]) -> Iterator[tuple[tuple[Any, bool], list[int]]]:
         """Token ids of the prompts, with the tag of each text and whether it was cut."""
@@ -351,13 +358,17 @@ class Augmenter:
                 continue
             _wait_for_others(keys, store, retry_incomplete)
             splits = manifest["sides"].get(side, {}).get("splits", [])
-            manifest["sides"][side] = self._write_answers(collection, side, keys, store, output_dir / FILES[side])
+            counts = self._write_answers(collection, side, keys, store, output_dir / FILES[side])
             if side == "query":
-                manifest["sides"][side]["splits"] = sorted({*splits, collection.split})
+                counts["splits"] = sorted({*splits, collection.split})
+            # another command may have finished the other side meanwhile
+            manifest["sides"] = (read_manifest(output_dir) or manifest)["sides"] | {side: counts}
             write_json(output_dir / MANIFEST, manifest)
         return manifest if main else None
 
-    def estimate(self, collection: Collection, output_dir: str | Path, side: str) -> Estimate:
+    def estimate(
+        self, collection: Collection, output_dir: str | Path, side: str, retry_incomplete: int = 0
+    ) -> Estimate:
         """
         What augmenting one side into a folder would take. Writes nothing; the model generates for some of the texts.
 
@@ -368,6 +379,8 @@ class Augmenter:
                 Likewise.
             side (`str`):
                 `"query"` or `"document"`.
+            retry_incomplete (`int`, *optional*, defaults to `0`):
+                As in [`augment_collection`].
 
         Returns:
             [`Estimate`]: the estimate.
@@ -379,7 +392,7 @@ class Augmenter:
         store = AnswerStore(_shards_folder(Path(output_dir), side))
         store.refresh()
         keys = self._keys(collection, side)
-        places = _first_places(keys, store.unfinished(keys, 0))
+        places = _first_places(keys, store.unfinished(keys, retry_incomplete))
         draw = np.random.default_rng(0)
         sampled = np.zeros(len(keys), bool)
         sampled[draw.choice(places, min(len(places), SAMPLED_PROMPTS), replace=False)] = True
@@ -442,8 +455,7 @@ class Augmenter:
 
     def _key(self, text: str) -> str:
         """16 hexadecimal digits for a text and all that decides its answer."""
-        made_with = (self.name, self.revision, self.settings.prompt_set.hash, asdict(self.settings.generation), text)
-        return hashlib.sha256(json.dumps(made_with).encode()).hexdigest()[:16]
+        return hashlib.sha256(self._made_with + text.encode()).hexdigest()[:16]
 
     def _generate_missing(
         self, collection: Collection, side: str, keys: np.ndarray, store: AnswerStore, retry_incomplete: int
@@ -529,9 +541,10 @@ class Augmenter:
                 side_texts(collection, side), f"Writing {path.name}", len(keys), unit=" texts", delay=2, leave=False
             )
             written = set()
-            for (id_, text), key, place in zip(texts, keys, store.find(keys), strict=True):
-                if int(self._key(text), 16) != key:
+            for row, key, place in itertools.zip_longest(texts, keys, store.find(keys)):
+                if row is None or key is None or int(self._key(row[1]), 16) != key:
                     raise InputError(f"{collection.name} has changed while it was augmented; run the command again.")
+                id_ = row[0]
                 if side == "query":
                     written.add(id_)
                 yield _answer_row(id_, count(store.row(place)))
@@ -778,7 +791,8 @@ def _revision_of(model_name_or_path: str, revision: str | None, trust_remote_cod
 
 def _folder_hash(folder: str | Path) -> str | None:
     """First 16 hexadecimal digits of a SHA-256 over the weights of a model folder, if there are any."""
-    paths = sorted(Path(folder).glob("*.safetensors"))
+    patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "adapter_config.json")
+    paths = sorted(path for pattern in patterns for path in Path(folder).glob(pattern))
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:

@@ -252,8 +252,8 @@ def _augment(options: argparse.Namespace) -> None:
     from .policy import PolicySettings
     from .prompts import PromptSet
 
-    if options.retry_incomplete < 0:
-        raise InputError(f"--retry_incomplete is {options.retry_incomplete}; use 0 or more.")
+    if not 0 <= options.retry_incomplete <= 1000:
+        raise InputError(f"--retry_incomplete is {options.retry_incomplete}; use 0 to 1000.")
     if options.server and options.engine:
         raise InputError("--server and --engine are both given, and only one of them can generate; leave one out.")
     main = process_index() == 0
@@ -280,7 +280,7 @@ def _augment(options: argparse.Namespace) -> None:
     sides = _sides(options.side) if options.side else augmenter.settings.sides
     if options.dry_run:
         for side in sides if main else ():
-            print(f"{side}: {augmenter.estimate(collection, options.output, side)}")
+            print(f"{side}: {augmenter.estimate(collection, options.output, side, options.retry_incomplete)}")
         return
     manifest = augmenter.augment_collection(collection, options.output, sides, options.retry_incomplete)
     if not main:

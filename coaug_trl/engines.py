@@ -38,7 +38,7 @@ from .policy import GenerationSettings
 
 ENGINES = ("vllm", "transformers")
 # Batches of like length are made within as many texts: enough for little padding, few enough for little memory.
-BATCHES_SORTED_TOGETHER = 128
+TEXTS_SORTED_TOGETHER = 4096
 # Texts leave a batch, and others join it, when this share of it has ended.
 LEAVING_SHARE = 1 / 8
 # Texts in the vLLM engine at once, its own default for a large GPU.
@@ -47,7 +47,7 @@ VLLM_WIDTH = 256
 LONGEST_PROMPT = 8192
 # Waits between attempts at a server double from the first to the longest: two minutes in all.
 SERVER_ATTEMPTS, FIRST_WAIT, LONGEST_WAIT = 10, 0.5, 30.0
-SERVER_TIMEOUT = 600.0
+SERVER_TIMEOUT, CONNECT_TIMEOUT, TIMEOUTS = 600.0, 10.0, 2
 
 
 class Completion(NamedTuple):
@@ -145,9 +145,12 @@ class TransformersEngine:
             top_k=None,
             repetition_penalty=generation.repetition_penalty,
             pad_token_id=self.tokenizer.pad_token_id,
+            use_cache=True,
+            cache_implementation=None,
+            return_dict_in_generate=False,
         )
         prompts = iter(prompts)
-        while window := list(itertools.islice(prompts, self.width * BATCHES_SORTED_TOGETHER)):
+        while window := list(itertools.islice(prompts, max(self.width, TEXTS_SORTED_TOGETHER))):
             # The longest first, so that what does not fit into memory fails at once.
             window.sort(key=lambda prompt: len(prompt[1]), reverse=True)
             yield from self._complete_window(window, generation.max_new_tokens)
@@ -158,7 +161,7 @@ class TransformersEngine:
             places = self.width - len(batch.tags) if batch else self.width
             if first < len(window) and (not batch or batch.can_grow and places >= self.width * LEAVING_SHARE):
                 new = self._start(window[first : first + places])
-                batch, first = batch.join(new, self.tokenizer.pad_token_id) if batch else new, first + places
+                batch, first = batch.join(new) if batch else new, first + places
             else:
                 self._go_on(batch, max_new_tokens)
             staying = []
@@ -191,6 +194,9 @@ class TransformersEngine:
         self._generate(batch, max_new_tokens - max(batch.lengths), stopping_criteria=StoppingCriteriaList([ended]))
 
     def _generate(self, batch: "_Batch", max_new_tokens: int, **kwargs) -> None:
+        # Older versions of transformers penalise what stands in the padding: nothing that the prompt does not hold.
+        first = batch.ids.gather(1, batch.mask.int().argmax(dim=1, keepdim=True))
+        batch.ids = torch.where(batch.mask.bool(), batch.ids, first)
         output = self.model.generate(
             input_ids=batch.ids,
             attention_mask=batch.mask,
@@ -254,13 +260,12 @@ class _Batch:
             [self.tags[row] for row in rows], self.ids[index, padding:], mask[:, padding:], self.cache, lengths
         )
 
-    def join(self, other: "_Batch", pad_token_id: int) -> "_Batch":
+    def join(self, other: "_Batch") -> "_Batch":
         """The texts of both."""
         length = max(self.ids.shape[1], other.ids.shape[1])
         for batch in (self, other):
             padding = length - batch.ids.shape[1]
-            batch.mask = F.pad(batch.mask, (padding, 0))
-            batch.ids = F.pad(batch.ids, (padding, 0), value=pad_token_id)
+            batch.ids, batch.mask = F.pad(batch.ids, (padding, 0)), F.pad(batch.mask, (padding, 0))
             if padding:
                 _change_cache(batch.cache, lambda states, padding=padding: F.pad(states, (0, 0, padding, 0)))
         for ours, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
@@ -506,7 +511,9 @@ class ServerEngine:
             "repetition_penalty": generation.repetition_penalty,
         }
         limits = httpx.Limits(max_connections=self.width, max_keepalive_connections=self.width)
-        client = httpx.AsyncClient(headers=self._headers(), timeout=SERVER_TIMEOUT, limits=limits)
+        client = httpx.AsyncClient(
+            headers=self._headers(), timeout=httpx.Timeout(SERVER_TIMEOUT, connect=CONNECT_TIMEOUT), limits=limits
+        )
         prompts, running = iter(prompts), {}
         with asyncio.Runner() as runner:  # at the end, or when interrupted, it cancels what is running
             try:
@@ -515,7 +522,9 @@ class ServerEngine:
                         running[runner.get_loop().create_task(self._post(client, request | {"prompt": ids}))] = tag
                     if not running:
                         return
-                    finished = runner.run(_first_finished(running))
+                    finished = runner.run(_finished(running, asyncio.FIRST_COMPLETED))
+                    if any(task.exception() for task in finished):
+                        finished = runner.run(_finished(running, asyncio.ALL_COMPLETED))
                     # Those that have failed last: what the others brought is not lost.
                     for task in sorted(finished, key=lambda task: task.exception() is not None):
                         yield running.pop(task), task.result()
@@ -525,6 +534,7 @@ class ServerEngine:
     async def _post(self, client: Any, request: dict[str, Any]) -> Completion:
         import httpx
 
+        timeouts = 0
         for attempt in range(SERVER_ATTEMPTS):
             if attempt:
                 wait = min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT)
@@ -533,6 +543,9 @@ class ServerEngine:
                 response = await client.post(f"{self.url}/v1/completions", json=request)
             except httpx.TransportError as error:
                 fault = f"{type(error).__name__}: {error}".removesuffix(": ")
+                timeouts += isinstance(error, httpx.ReadTimeout)
+                if timeouts == TIMEOUTS:
+                    break
                 continue
             if response.status_code in (408, 429) or response.status_code >= 500:
                 fault = f"status {response.status_code}"
@@ -540,14 +553,17 @@ class ServerEngine:
             try:
                 response.raise_for_status()
                 content = response.json()
-                return Completion(content["choices"][0]["text"], content["usage"]["completion_tokens"])
+                text, num_tokens = content["choices"][0]["text"], content["usage"]["completion_tokens"]
+                if not isinstance(text, str):
+                    raise TypeError
+                return Completion(text, num_tokens)
             except (httpx.HTTPStatusError, ValueError, KeyError, IndexError, TypeError):
                 raise InputError(
                     f"{self.url} refuses a prompt of {len(request['prompt']):,} tokens, or answers what is not a "
                     f"completion: status {response.status_code}, {response.text[:500]}"
                 ) from None
         raise InputError(
-            f"{self.url} stays down ({fault}, after {SERVER_ATTEMPTS} attempts); what has been generated is saved, and "
+            f"{self.url} stays down ({fault}, after {attempt + 1} attempts); what has been generated is saved, and "
             "the same command goes on when the server is back."
         )
 
@@ -557,8 +573,8 @@ class ServerEngine:
         return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-async def _first_finished(tasks: Iterable[asyncio.Task]) -> set[asyncio.Task]:
-    finished, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+async def _finished(tasks: Iterable[asyncio.Task], when: str) -> set[asyncio.Task]:
+    finished, _ = await asyncio.wait(tasks, return_when=when)
     return finished
 
 

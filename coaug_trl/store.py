@@ -19,7 +19,7 @@ from .files import atomic_open
 ROW_KEYS = ("key", "augmentation", "complete", "truncated", "attempt")
 SHARDS_IN_MEMORY = 64
 _ENTRY = np.dtype(
-    [("key", np.uint64), ("complete", bool), ("attempt", np.uint8), ("shard", np.int32), ("offset", np.int64)]
+    [("key", np.uint64), ("complete", bool), ("attempt", np.uint16), ("shard", np.int32), ("offset", np.int64)]
 )
 
 
@@ -28,7 +28,7 @@ class AnswerStore:
     A folder of shards, each a JSONL file named by the SHA-256 of its content.
 
     Any number of processes may add shards, and none ever changes one. Of each answer only where it stands is kept in
-    memory, 22 bytes.
+    memory, 23 bytes.
 
     Args:
         folder (`Path`):
@@ -85,10 +85,6 @@ class AnswerStore:
             return places < 0
         best = self._best[places]
         return (places < 0) | (~best["complete"] & (best["attempt"] < attempts))
-
-    def attempt(self, place: int) -> int:
-        """The attempt that an answer is of, by its index."""
-        return int(self._best["attempt"][place])
 
     def row(self, place: int) -> dict[str, Any]:
         """An answer by its index."""

@@ -676,20 +676,57 @@ def test_a_streamed_corpus_gives_the_same_files(make_augmenter, beir_folder, col
     assert folder_content(tmp_path / "streamed") == folder_content(tmp_path / "loaded")
 
 
-def test_a_collection_that_changes_meanwhile_is_noticed(make_augmenter, beir_folder, tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lines: [line.replace("adult diets", "adult lives") for line in lines],
+        lambda lines: [*lines, json.dumps({"_id": "new", "title": "", "text": "Birch trees."}) + "\n"],
+        lambda lines: lines[:-1],
+    ],
+)
+def test_a_collection_that_changes_meanwhile_is_noticed(make_augmenter, beir_folder, tmp_path, change):
     folder = Path(shutil.copytree(beir_folder, tmp_path / "collection"))
     streamed = Collection.load(folder, "dev", stream=True)
     augmenter = make_augmenter()
-    start = augmenter.engine._start
+    finish = augmenter._write_answers
 
-    def change(prompts):
-        corpus = (folder / "corpus.jsonl").read_text(encoding="utf-8")
-        (folder / "corpus.jsonl").write_text(corpus.replace("adult diets", "adult lives"), encoding="utf-8")
-        return start(prompts)
+    def change_and_finish(*args):
+        lines = (folder / "corpus.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / "corpus.jsonl").write_text("".join(change(lines)), encoding="utf-8")
+        return finish(*args)
 
-    augmenter.engine._start = change
+    augmenter._write_answers = change_and_finish
     with pytest.raises(InputError, match="has changed while it was augmented; run the"):
         augmenter.augment_collection(streamed, tmp_path / "out", ["document"])
+    assert not (tmp_path / "out" / "documents.jsonl").exists()
+
+
+def test_two_commands_may_augment_one_side_each(make_augmenter, small, tmp_path):
+    first, second = make_augmenter(), make_augmenter()
+    finish = first._write_answers
+
+    def finish_after_the_other(*args):
+        second.augment_collection(small, tmp_path, ["query"])
+        return finish(*args)
+
+    first._write_answers = finish_after_the_other
+    first.augment_collection(small, tmp_path, ["document"])
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert set(manifest["sides"]) == {"query", "document"}
+
+
+@pytest.mark.parametrize(
+    "setting", [{"use_cache": False}, {"cache_implementation": "static"}, {"return_dict_in_generate": True}]
+)
+def test_generation_settings_saved_with_the_model_do_not_matter(make_augmenter, model, setting):
+    texts = ["does espresso keep people awake?", "sunlight", "salty snacks and brittle bones"]
+    expected = make_augmenter().generate("query", texts)
+    before = {name: getattr(model.generation_config, name) for name in setting}
+    model.generation_config.update(**setting)
+    try:
+        assert make_augmenter().generate("query", texts) == expected
+    finally:
+        model.generation_config.update(**before)
 
 
 def test_processes_share_the_work(coaug, tiny_model, large_folder, tmp_path):

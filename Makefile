@@ -39,7 +39,7 @@ quickstart quickstart-dense: $(INSTALLED)
 	@$(BIN)/python scripts/quickstart_report.py --output_dir $(OUT)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
@@ -51,7 +51,7 @@ $(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt
 	@touch $@
 
 test-vllm: $(VLLM_INSTALLED)
-	VLLM_CPU_CI_ENV=1 $(VLLM_VENV)/bin/python -m pytest tests/with_vllm
+	VLLM_CPU_CI_ENV=1 $(VLLM_VENV)/bin/python -m pytest tests/with_vllm tests/test_sampler_head.py tests/test_engines.py
 
 style: $(INSTALLED)
 	$(BIN)/ruff check --fix coaug_trl scripts tests

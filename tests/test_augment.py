@@ -78,8 +78,12 @@ def read_rows(path):
 
 
 def folder_content(folder):
-    """Of the files that are read; shards differ by how the work was cut up."""
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+    """
+    Of the files that are read; shards differ by how the work was cut up, and a kill may leave a file under its
+    temporary name.
+    """
+    paths = [path for path in Path(folder).iterdir() if path.is_file() and path.suffix != ".tmp"]
+    return {path.name: path.read_bytes() for path in paths}
 
 
 def user_text(prompt):

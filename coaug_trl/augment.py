@@ -28,7 +28,7 @@ from .engines import (
 )
 from .errors import InputError
 from .files import write_json, write_jsonl
-from .policy import GenerationSettings, PolicySettings, package_versions
+from .policy import GenerationSettings, PolicySettings, folder_hash, package_versions
 from .prompts import PromptSet, document_text, extract_answer, has_answer
 from .store import AnswerStore
 
@@ -784,17 +784,6 @@ def _revision_of(model_name_or_path: str, revision: str | None, trust_remote_cod
     """Fingerprint of a folder's weights, or the commit of a model on the Hub."""
     if Path(model_name_or_path).is_dir():
         # Where a server has the weights, the folder may hold the tokenizer only.
-        return _folder_hash(model_name_or_path) or revision
+        return folder_hash(model_name_or_path) or revision
     config = AutoConfig.from_pretrained(model_name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     return getattr(config, "_commit_hash", None) or revision
-
-
-def _folder_hash(folder: str | Path) -> str | None:
-    """First 16 hexadecimal digits of a SHA-256 over the weights of a model folder, if there are any."""
-    patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "adapter_config.json")
-    paths = sorted(path for pattern in patterns for path in Path(folder).glob(pattern))
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16] if paths else None

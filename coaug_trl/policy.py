@@ -1,5 +1,6 @@
 """What must be the same in training, augmentation, evaluation and search, saved beside the model's weights."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -114,3 +115,14 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:  # a source tree that is not installed
             versions[package] = "not installed"
     return versions
+
+
+def folder_hash(folder: str | Path) -> str | None:
+    """First 16 hexadecimal digits of a SHA-256 over the weights of a model folder, if there are any."""
+    patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "adapter_config.json")
+    paths = sorted(path for pattern in patterns for path in Path(folder).glob(pattern))
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16] if paths else None

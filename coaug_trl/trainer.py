@@ -49,6 +49,7 @@ from .interruption import StopOnSignal
 from .negatives import HARD_NEGATIVES_FILE, mine_hard_negatives
 from .policy import GenerationSettings, PolicySettings
 from .prompts import PromptSet, document_text, extract_answer
+from .record import TRAINING_FILE, describe_training
 from .retrieval import Retriever
 from .rewards.extra import fail_together
 from .rewards.joint import Corpus, JointReward
@@ -151,6 +152,9 @@ class CoAugTrainer(GRPOTrainer):
             retriever.config,
             args.augment,
         )
+        base_model = model if isinstance(model, str) else model.name_or_path
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() and not args.use_cpu else "cpu"
+        self._training = describe_training(args, train_collection, eval_collection, base_model, device)
         corpus = None
         if args.candidate_pool == "corpus":
             corpus = Corpus(corpus_documents(train_collection, retriever, prompt_set, args), retriever, args.seed)
@@ -507,7 +511,9 @@ class CoAugTrainer(GRPOTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        self.settings.save(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.args.output_dir)
+        self.settings.save(folder)
+        write_json(folder / TRAINING_FILE, self._training)
 
     def _save_checkpoint(self, model, trial):
         run_dir = self._get_output_dir(trial=trial)

@@ -18,13 +18,22 @@ from transformers.utils.logging import disable_progress_bar
 from coaug_trl import Augmenter, Collection, Document, PromptSet
 from coaug_trl.augment import AugmentedCollection
 from coaug_trl.data import vocabulary_gap
-from coaug_trl.evaluation import compare, evaluate_run, judged_texts, retrieve, save_evaluation
+from coaug_trl.evaluation import (
+    compare,
+    compose,
+    evaluate_run,
+    evaluation_manifest,
+    judged_texts,
+    retrieve,
+    save_evaluation,
+)
 from coaug_trl.files import write_json
-from coaug_trl.policy import GenerationSettings, PolicySettings, package_versions
+from coaug_trl.policy import GenerationSettings, PolicySettings
 from coaug_trl.retrieval import Retriever, make_retriever
 
 
 MEASURE = "nDCG@10"
+DEPTH = 1000
 SIDES = {"queries only": ["query"], "documents only": ["document"], "both": ["query", "document"]}
 
 
@@ -33,7 +42,19 @@ def index_and_retrieve(
 ) -> dict[str, dict[str, float]]:
     """Indexes documents and searches them."""
     retriever.index(documents)
-    return retrieve(retriever, queries)
+    return retrieve(retriever, queries, DEPTH)
+
+
+def evaluate(
+    folder: Path, collection: Collection, augmented: AugmentedCollection | None, retriever: Retriever
+) -> dict[str, float]:
+    """Measures, with or without augmentations, into an evaluation folder; returns the value of each query."""
+    queries, documents = compose(collection, augmented, retriever)
+    run = index_and_retrieve(retriever, queries, documents)
+    manifest = evaluation_manifest(collection, augmented, retriever.config, queries, documents, DEPTH, False)
+    texts = judged_texts(collection, augmented.answers if augmented else None)
+    save_evaluation(folder, run, collection.qrels, manifest, texts=texts)
+    return {id_: values[MEASURE] for id_, values in evaluate_run(collection.qrels, run)[1].items()}
 
 
 def evaluate_policy(
@@ -42,27 +63,15 @@ def evaluate_policy(
     """Augments with a policy and measures each combination of sides; returns the values per query."""
     folder = output_dir / "augmentations" / name
     augmenter.augment_collection(collection, folder)
-    per_query = {}
-    for label, sides in SIDES.items():
-        augmented = AugmentedCollection.load(folder, sides)
-        documents = augmented.documents(collection, retriever.answer_field)
-        run = index_and_retrieve(retriever, augmented.queries(collection), documents)
-        manifest = {
-            "policy": name,
-            "augmented_sides": sides,
-            "retriever": retriever.config,
-            "augmentations": augmented.manifest,
-            "versions": package_versions(),
-        }
-        save_evaluation(
+    return {
+        label: evaluate(
             output_dir / "evaluations" / f"{name}-{label.replace(' ', '-')}",
-            run,
-            collection.qrels,
-            manifest,
-            texts=judged_texts(collection, augmented.answers),
+            collection,
+            AugmentedCollection.load(folder, sides),
+            retriever,
         )
-        per_query[label] = {id_: values[MEASURE] for id_, values in evaluate_run(collection.qrels, run)[1].items()}
-    return per_query
+        for label, sides in SIDES.items()
+    }
 
 
 def ceiling(collection: Collection, prompt_set: PromptSet, retriever: Retriever) -> float:
@@ -137,10 +146,7 @@ def main():
         GenerationSettings(settings.generation.max_new_tokens, settings.generation.repetition_penalty),
         batch_size=128,
     )
-    queries = {id_: collection.queries[id_] for id_ in collection.qrels}
-    none_means, none_values = evaluate_run(
-        collection.qrels, index_and_retrieve(retriever, queries, list(collection.corpus.values()))
-    )
+    none = evaluate(output_dir / "evaluations" / "none", collection, None, retriever)
     systems = {
         name: evaluate_policy(name, augmenter, retriever, collection, output_dir)
         for name, augmenter in (("untrained", untrained), ("trained", trained))
@@ -150,7 +156,7 @@ def main():
     mean = lambda values: sum(values.values()) / len(values)
     best = ceiling(collection, settings.prompt_set, retriever)
     metrics = {
-        MEASURE: {"none": none_means[MEASURE], **{name: mean(values["both"]) for name, values in systems.items()}},
+        MEASURE: {"none": mean(none), **{name: mean(values["both"]) for name, values in systems.items()}},
         "by_side": {name: {label: mean(values[label]) for label in SIDES} for name, values in systems.items()},
         "ceiling": best,
         "p_value": test["p_t_test"],
@@ -167,7 +173,7 @@ def main():
     table.add_column("augmentation")
     for label in SIDES:
         table.add_column(label, justify="right")
-    table.add_row("none", *[f"{none_means[MEASURE]:.3f}"] * 3)
+    table.add_row("none", *[f"{mean(none):.3f}"] * 3)
     for name, values in systems.items():
         table.add_row(f"{name} policy", *[f"{mean(values[label]):.3f}" for label in SIDES])
     table.add_row("ceiling (one agreed term a concept)", "", "", f"{best:.3f}")

@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -180,3 +181,17 @@ def teach_answers(folder: Path, texts: list[str], steps: int = 150, learning_rat
         optimizer.zero_grad()
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A headless browser; Debian's package, since Playwright's own download is not to be assumed."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no Chromium; install Debian's package chromium")
+    playwright = pytest.importorskip("playwright.sync_api")
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+    with playwright.sync_playwright() as engine:
+        browser = engine.chromium.launch(executable_path=path, args=[*quiet, "--disable-component-update"])
+        yield browser
+        browser.close()

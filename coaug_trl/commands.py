@@ -1,0 +1,399 @@
+"""What the commands of `coaug` do; each takes its parsed options and prints what it did."""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from .errors import InputError
+
+
+# Everything heavier is imported by the command that needs it, so that a short one answers at once.
+if TYPE_CHECKING:
+    from ir_measures import Measure
+
+    from .augment import AugmentedCollection
+    from .compare import Comparison, Table
+    from .data import Collection
+    from .policy import GenerationSettings
+    from .retrieval import Retriever
+    from .search import Timing
+
+
+def _sides(side: str) -> tuple[str, ...]:
+    return ("query", "document") if side == "both" else (side,)
+
+
+def augment(options: argparse.Namespace) -> None:
+    from .augment import MANIFEST, Augmenter, describe_side
+    from .data import Collection
+    from .engines import best_engine, num_processes, process_index
+    from .policy import PolicySettings
+    from .prompts import PromptSet
+
+    if not 0 <= options.retry_incomplete <= 1000:
+        raise InputError(f"--retry_incomplete is {options.retry_incomplete}; use 0 to 1000.")
+    if options.server and options.engine:
+        raise InputError("--server and --engine are both given, and only one of them can generate; leave one out.")
+    main = process_index() == 0
+    collection = Collection.load(options.collection, options.split, stream=True)
+    if main:
+        print(collection.summary())
+    trained = PolicySettings.load(options.model) if Path(options.model).is_dir() else None
+    prompt_set = PromptSet.load(options.prompt_set) if options.prompt_set else None
+    generation = _generation(options)
+    if trained is None:
+        prompt_set = prompt_set or PromptSet.default("dense" if options.retriever == "dense" else "sparse")
+    augmenter = Augmenter.from_pretrained(
+        options.model,
+        prompt_set,
+        generation,
+        batch_size=options.batch_size,
+        revision=options.revision,
+        engine=options.engine or best_engine(),
+        server=options.server,
+        server_concurrency=options.server_concurrency,
+        dtype=options.dtype,
+        gpu_memory_utilization=options.gpu_memory_utilization,
+    )
+    sides = _sides(options.side) if options.side else augmenter.settings.sides
+    if options.dry_run:
+        for side in sides if main else ():
+            print(f"{side}: {augmenter.estimate(collection, options.output, side, options.retry_incomplete)}")
+        return
+    manifest = augmenter.augment_collection(collection, options.output, sides, options.retry_incomplete)
+    if not main:
+        return
+    for side, counts in manifest["sides"].items():
+        print(describe_side(side, counts))
+    shares = f" by process 1 of {num_processes()}" * (num_processes() > 1)
+    for side, throughput in augmenter.throughput.items():
+        print(f"{side}{shares}: {throughput}")
+    print(f"{Path(options.output) / MANIFEST}")
+
+
+def _generation(options: argparse.Namespace) -> "GenerationSettings | None":
+    """The generation settings given for an untrained model, if any."""
+    from .policy import GenerationSettings
+
+    given = {
+        name: getattr(options, name)
+        for name in ("max_new_tokens", "repetition_penalty")
+        if getattr(options, name) is not None
+    }
+    return GenerationSettings(**given) if given else None
+
+
+def index(options: argparse.Namespace) -> None:
+    from .data import Collection
+    from .data.loaders import open_source
+    from .search import SearchIndex, refuse_other_content
+
+    refuse_other_content(options.output)  # rather now than after the work
+    split = options.split or open_source(options.collection).splits[0]
+    collection = Collection.load(options.collection, split)
+    print(collection.summary())
+    augmented, retriever = _augmented_and_retriever(options, collection, ("document",))
+    SearchIndex.build(collection, augmented, retriever, options.output)
+    print(
+        f"{len(collection.corpus):,} documents indexed, {'with' if augmented else 'without'} augmentations; "
+        f"{options.output}"
+    )
+
+
+def search(options: argparse.Namespace) -> None:
+    from .retrieval.base import check_depth
+
+    for query in options.queries:
+        if not query.strip():
+            raise InputError("A query is empty; write what to search for.")
+        try:
+            query.encode()
+        except UnicodeEncodeError:  # how Python reads arguments that are not UTF-8
+            raise InputError(f"The query {query!r} is not UTF-8; check the encoding of the terminal.") from None
+    check_depth(options.k)
+    from .search import SearchIndex
+
+    start = time.perf_counter()
+    index = SearchIndex.load(options.index)
+    augmenter = index.augmenter(options.model) if options.model else None
+    if options.timing:
+        index.search(options.queries[:1], options.k, augmenter)  # the first one loads what the others find loaded
+        loading = time.perf_counter() - start
+        results, timings = index.search_timed(options.queries, options.k, augmenter)
+    else:
+        results, timings = index.search(options.queries, options.k, augmenter), None
+    for place, result in enumerate(results):
+        if options.json:
+            seconds = {"seconds": timings[place]._asdict() | {"total": timings[place].total}} if timings else {}
+            print(json.dumps(result._asdict() | seconds, ensure_ascii=False))
+        else:
+            _print_hits(*result)
+    if timings:
+        _print_timings(loading, timings, sys.stderr if options.json else sys.stdout)
+
+
+def _print_timings(loading: float, timings: list["Timing"], file: TextIO) -> None:
+    from statistics import median
+
+    import numpy as np
+
+    print(f"loaded in {loading:.2f} s, a first query included; then, for one query at a time:", file=file)
+    print(f"{'ms':>8}{'augment':>10}{'search':>10}{'total':>10}", file=file)
+    parts = [[1000 * part for part in (*timing, timing.total)] for timing in timings]
+    rows = {"query": parts[0]}
+    if len(parts) > 1:
+        rows = {
+            "median": [median(column) for column in zip(*parts, strict=True)],
+            "p95": np.percentile(parts, 95, axis=0),
+        }
+    for name, row in rows.items():
+        print(f"{name:>8}" + "".join(f"{value:>10.1f}" for value in row), file=file)
+
+
+def _print_hits(query: str, answer: str | None, rows: list[dict[str, Any]]) -> None:
+    print(query)
+    if answer is not None:
+        print(f"  + {' '.join(answer.split())}" if answer else "  (nothing added)")
+    if not rows:
+        print("  nothing found")
+    width = max((len(row["_id"]) for row in rows), default=0)
+    for row in rows:
+        line = f"{row['rank']:>4}  {row['score']:>8.4f}  {row['_id']:<{width}}  "
+        columns = max(shutil.get_terminal_size().columns - len(line), 20)
+        shown = " ".join(f"{row['title']} | {row['text']}".split()).strip("| ")
+        print(line + (shown if len(shown) <= columns else f"{shown[: columns - 1]}…"))
+    print()
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from .data import Collection
+    from .evaluation import (
+        MEASURES,
+        compose,
+        evaluation_manifest,
+        judged_texts,
+        parse_measures,
+        retrieve,
+        save_evaluation,
+    )
+    from .retrieval.base import check_depth
+
+    measures = parse_measures(options.measures or MEASURES)
+    check_depth(options.k)
+    collection = Collection.load(options.collection, options.split)
+    print(collection.summary())
+    augmented, retriever = _augmented_and_retriever(options, collection, _sides(options.side))
+    queries, documents = compose(collection, augmented, retriever)
+    retriever.index(documents)
+    run = retrieve(retriever, queries, options.k, options.ignore_identical_ids)
+    manifest = evaluation_manifest(
+        collection, augmented, retriever.config, queries, documents, options.k, options.ignore_identical_ids
+    )
+    texts = judged_texts(collection, augmented.answers if augmented else None)
+    metrics = save_evaluation(options.output, run, collection.qrels, manifest, measures.values(), texts)
+    _note_depth(measures, options.k, collection)
+    _print_means(options.output, run)
+    print(
+        f"over {metrics['num_queries']:,} judged queries, of which {metrics['num_queries_without_hits']:,} found "
+        f"nothing and count 0; {options.output}"
+    )
+
+
+def _note_depth(measures: dict["Measure", str], k: int, collection: "Collection") -> None:
+    too_deep = [
+        name
+        for measure, name in measures.items()
+        if k < measure.params.get("cutoff", 0) and k < len(collection.corpus)
+    ]
+    if too_deep:
+        print(f"note: {', '.join(too_deep)} would need more than the {k:,} hits of --k", file=sys.stderr)
+
+
+def _print_means(folder: str, run: dict[str, dict[str, float]]) -> None:
+    """Prints the means of an evaluation, and those that leave out queries without hits where there are any."""
+    from statistics import fmean
+
+    from .evaluation import load_evaluation
+
+    evaluation = load_evaluation(folder)
+    with_hits = [values for query_id, values in evaluation.per_query.items() if run.get(query_id)]
+    width = max(map(len, evaluation.measures))
+    for name in evaluation.measures:
+        line = f"{name:>{width}}  {evaluation.metrics[name]:.4f}"
+        if 0 < len(with_hits) < len(evaluation.per_query):
+            mean = fmean(values[name] for values in with_hits)
+            line += f"   ({mean:.4f} over the {len(with_hits):,} queries with hits, as BEIR averages)"
+        print(line)
+
+
+def _augmented_and_retriever(
+    options: argparse.Namespace, collection: "Collection", sides: tuple[str, ...]
+) -> tuple["AugmentedCollection | None", "Retriever"]:
+    """What `index` and `evaluate` work with, refused where it does not belong together."""
+    from .augment import AugmentedCollection
+
+    augmented, trained_with = None, {}
+    if options.augmentations:
+        augmented = AugmentedCollection.load(options.augmentations, sides)
+        trained_with = augmented.manifest["retriever"]
+    retriever = _retriever(options, trained_with, f"{options.augmentations} was made by a policy")
+    if augmented and augmented.prompt_set.kind != retriever.kind:
+        raise InputError(
+            f"{options.augmentations} was made with prompts for {augmented.prompt_set.kind} retrievers, and the "
+            f"retriever is {retriever.kind}."
+        )
+    if augmented and augmented.manifest["collection"] != collection.name:
+        raise InputError(
+            f"{options.augmentations} belongs to the collection {augmented.manifest['collection']}, not to "
+            f"{collection.name}."
+        )
+    return augmented, retriever
+
+
+def _retriever(options: argparse.Namespace, trained_with: dict[str, Any], policy: str) -> "Retriever":
+    """The retriever of the options; refused where it is not the one that the policy was trained with."""
+    from .retrieval import make_retriever
+
+    given = {
+        name: getattr(options, option)
+        for name, option in (*((name, name) for name in ("fields", "k1", "b", "language")), ("model", "encoder"))
+        if getattr(options, option) is not None
+    }
+    # What the policy was trained for is the default, and nothing else is accepted.
+    settings = {"retriever": options.retriever} | trained_with | given
+    if trained_with and settings != trained_with:
+        raise InputError(
+            f"{policy} trained for {trained_with}, not for {settings}; "
+            "leave the retriever's settings out, or augment with an untrained model."
+        )
+    if settings.pop("retriever") != options.retriever:
+        raise InputError(
+            f"{policy} trained for {trained_with}, and the retriever is {options.retriever}; use the one it was "
+            "trained for."
+        )
+    if options.embedding_cache:
+        settings["cache_dir"] = options.embedding_cache
+    return make_retriever(options.retriever, **settings)
+
+
+def baselines(options: argparse.Namespace) -> None:
+    from .baselines import COMPARISON_FILE, choose_systems, run_baselines
+    from .data import Collection
+    from .evaluation import MEASURES, parse_measures
+    from .policy import PolicySettings
+    from .retrieval.base import check_depth
+
+    measures = parse_measures(options.measures or MEASURES)
+    check_depth(options.k)
+    generation = _generation(options)
+    trained = PolicySettings.load(options.policy) if options.policy and Path(options.policy).is_dir() else None
+    retriever = _retriever(options, trained.retriever if trained else {}, f"{options.policy} is a policy")
+    systems = choose_systems(retriever, options.model, options.policy, options.only)
+    collection = Collection.load(options.collection, options.split)
+    print(collection.summary())
+    comparison = run_baselines(
+        systems,
+        collection,
+        retriever,
+        options.output,
+        options.model,
+        options.policy,
+        generation,
+        options.batch_size,
+        options.revision,
+        options.k,
+        options.ignore_identical_ids,
+        measures.values(),
+    )
+    _note_depth(measures, options.k, collection)
+    if comparison:
+        _print_notes(comparison)
+        print(f"\n{comparison.render_summary(options.format)}\n")
+        print(f"all pairs, measures and examples: {Path(options.output) / COMPARISON_FILE}")
+
+
+def compare(options: argparse.Namespace) -> None:
+    from .compare import compare_folders
+
+    comparison = compare_folders(options.folders, options.measures)
+    _print_notes(comparison)
+    print(comparison.render(options.format))
+
+
+def _print_notes(comparison: "Comparison") -> None:
+    for note in comparison.notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def analyze_alignment(options: argparse.Namespace) -> None:
+    from .analysis import alignment_table, measure_alignment
+    from .data import Collection
+
+    collection = Collection.load(options.collection, options.split)
+    rows = measure_alignment(collection, options.augmentations, options.smoothing, options.language)
+    settings = {
+        "collection": collection.name,
+        "split": collection.split,
+        "unit": "nats",
+        "smoothing": options.smoothing,
+        "language": options.language,
+    }
+    title = (
+        f"{collection.name} ({collection.split}): H(Q,D) in nats a word, {options.smoothing:g} added to the documents' "
+        f"count of each word; words as BM25 reads them ({options.language}); unseen: query words in no document"
+    )
+    _print_analysis(options.json, settings, rows, alignment_table(rows, title))
+
+
+def analyze_advantages(options: argparse.Namespace) -> None:
+    from .analysis import anomalies_table, generate_rewards, measure_anomalies, read_rewards
+
+    if options.config is None:
+        if options.recipe_arguments:
+            raise InputError(f"{options.recipe_arguments[0]}: fields of a recipe go with --config, not with --run.")
+        batches = read_rewards(options.run_dir)
+    else:
+        batches = [generate_rewards(["--config", options.config, *options.recipe_arguments])]
+    rows = measure_anomalies(batches, options.threshold)
+    settings = {
+        "source": options.run_dir or options.config,
+        "num_generation_batches": len(batches),
+        "num_rollouts": len(next(iter(batches[0].values()))),
+        "threshold": options.threshold,
+    }
+    title = (
+        f"{settings['source']}: {len(batches):,} generation batch{'es' if len(batches) > 1 else ''}, "
+        f"{settings['num_rollouts']} rollouts a text; small: a standard deviation below {options.threshold:g}, of the "
+        "rewards before and the advantages after; amplified variance: small before less small after"
+    )
+    _print_analysis(options.json, settings, rows, anomalies_table(rows, title))
+
+
+def _print_analysis(as_json: bool, settings: dict[str, Any], rows: list[Any], table: "Table") -> None:
+    from dataclasses import asdict
+
+    if as_json:
+        print(json.dumps(settings | {"rows": [asdict(row) for row in rows]}, indent=2, ensure_ascii=False))
+    else:
+        print(table)
+
+
+def analyze_reward(options: argparse.Namespace) -> None:
+    from .analysis import errors_table, import_figure, save_study, study_rewards
+
+    if options.output:  # rather now than after the work
+        import_figure()
+        Path(options.output).mkdir(parents=True, exist_ok=True)
+    rows = study_rewards(options.pools, options.samples, options.repeats, options.seed)
+    title = (
+        f"Sampled against exact reward (NDCG@10), 5 rollouts a text, {options.repeats} repeats: mean and largest "
+        "absolute error, variance of an estimate, median seconds for the pool"
+    )
+    print(errors_table(rows, title))
+    if options.output:
+        save_study(rows, {"repeats": options.repeats, "seed": options.seed}, options.output)
+        print(f"{Path(options.output) / 'reward_study.json'}, {Path(options.output) / 'reward_study.png'}")

@@ -1,0 +1,225 @@
+"""What a training run left in its folder, read for its card and its report."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass, fields
+from enum import Enum
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .compare import Comparison, compare_folders
+from .errors import InputError
+from .evaluation import Evaluation, load_evaluation
+from .policy import PolicySettings, folder_hash
+
+
+if TYPE_CHECKING:
+    from .config import CoAugConfig
+    from .data import Collection
+
+TRAINING_FILE = "training.json"
+TRAINER_STATE = "trainer_state.json"
+# How deep evaluations may lie in a run's folder: runs/mine/baselines/rm3.
+DEPTH = 3
+# Of the machine rather than of the run.
+NOT_KEPT = ("deepspeed", "accelerator_config", "logging_nan_inf_filter", "run_name", "resume_from_checkpoint")
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """
+    An evaluation folder and what was evaluated there.
+
+    Args:
+        folder (`Path`):
+            The folder.
+        evaluation ([`~coaug_trl.evaluation.Evaluation`]):
+            Its content.
+        system (`str`):
+            `"policy"` for texts augmented by this run's policy, `"none"` for texts as they are, `"other"`.
+    """
+
+    folder: Path
+    evaluation: Evaluation
+    system: str
+
+    @property
+    def sides(self) -> list[str]:
+        """The sides that were augmented, sorted; empty for none."""
+        return sorted(self.evaluation.manifest.get("augmented_sides") or [])
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What evaluations must have in common to be compared: collection, split, and judgments."""
+        manifest = self.evaluation.manifest
+        judgments = manifest.get("hashes", {}).get("judgments", "")
+        return tuple(str(part) for part in (manifest.get("collection"), manifest.get("split"), judgments))
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """
+    A run's folder, read.
+
+    Args:
+        folder (`Path`):
+            The folder: `output_dir` of the training.
+        settings ([`~coaug_trl.policy.PolicySettings`]):
+            Prompts, generation settings, retriever, sides.
+        training (`dict[str, Any]`):
+            Content of `training.json`: what was trained on and with which arguments; empty for a run of version 0.1.0.
+        history (`list[dict[str, Any]]`):
+            What the trainer logged, in order, each with its `step`; empty if the folder has no `trainer_state.json`.
+        evaluations (`list[Evaluated]`):
+            Evaluations found: those without augmentation first, those of this policy last.
+    """
+
+    folder: Path
+    settings: PolicySettings
+    training: dict[str, Any]
+    history: list[dict[str, Any]]
+    evaluations: list[Evaluated]
+
+    def curve(self, name: str) -> list[tuple[int, float]]:
+        """A logged metric by optimizer step; empty if it was never logged."""
+        return [(entry["step"], entry[name]) for entry in self.history if isinstance(entry.get(name), (int, float))]
+
+    def last(self, name: str) -> Any:
+        """What a metric was when it was last logged, or `None`."""
+        return next((entry[name] for entry in reversed(self.history) if name in entry), None)
+
+    @property
+    def adapter(self) -> bool:
+        """Whether the run trained an adapter."""
+        return (self.folder / "adapter_config.json").is_file()
+
+    @cached_property
+    def comparable(self) -> list[list[Evaluated]]:
+        """
+        The evaluations, those that can be compared together; the first group is that of the test split if there is
+        one, and within a group what is not augmented comes first and the policy with most sides augmented last.
+        """
+        groups: dict[tuple[str, ...], list[Evaluated]] = {}
+        for evaluated in self.evaluations:
+            groups.setdefault(evaluated.key, []).append(evaluated)
+        return sorted(groups.values(), key=lambda group: (group[0].key[1] != "test", -len(group), group[0].key))
+
+    def compare(self, group: Sequence[Evaluated]) -> Comparison | None:
+        """Tests a group of [`comparable`] evaluations pair by pair; `None` for a single one."""
+        return compare_folders([evaluated.folder for evaluated in group]) if len(group) > 1 else None
+
+
+def describe_training(
+    args: "CoAugConfig",
+    train_collection: "Collection",
+    eval_collection: "Collection | None",
+    base_model: str,
+    device: str,
+) -> dict[str, Any]:
+    """
+    What a policy is trained on and how, as `training.json` has it.
+
+    Args:
+        args ([`~coaug_trl.CoAugConfig`]):
+            Configuration; what differs from the defaults is kept, but folders and secrets.
+        train_collection ([`~coaug_trl.Collection`]):
+            Trained on.
+        eval_collection ([`~coaug_trl.Collection`] or `None`):
+            Evaluated on in training.
+        base_model (`str`):
+            Model that training began with.
+        device (`str`):
+            Name of the device of a process.
+
+    Returns:
+        `dict[str, Any]`: JSON-able.
+    """
+    return {
+        "base_model": base_model,
+        "collection": train_collection.name,
+        "train_split": train_collection.split,
+        "eval_split": eval_collection.split if eval_collection else None,
+        "num_documents": len(train_collection.corpus),
+        "num_train_queries": len(train_collection.qrels),
+        "num_train_judgments": sum(map(len, train_collection.qrels.values())),
+        "num_processes": args.world_size,
+        "device": device,
+        "arguments": _changed_arguments(args),
+    }
+
+
+def _changed_arguments(args: "CoAugConfig") -> dict[str, Any]:
+    changed = {}
+    for field in fields(args):
+        value = getattr(args, field.name)
+        value = value.value if isinstance(value, Enum) else value
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        if value == default or field.name.endswith(("_dir", "token")) or field.name in NOT_KEPT:
+            continue
+        if isinstance(value, (str, int, float, bool, list, tuple, dict)) or value is None:
+            changed[field.name] = value
+    return changed
+
+
+def load_record(folder: str | Path, evaluations: Iterable[str | Path] = ()) -> RunRecord:
+    """
+    Reads a run's folder, and the evaluations beneath it.
+
+    Args:
+        folder (`str` or `Path`):
+            `output_dir` of a training.
+        evaluations (`Iterable[str | Path]`, *optional*):
+            Further evaluation folders, or folders of them, such as those that `coaug baselines` makes.
+
+    Returns:
+        [`RunRecord`]: what was found.
+
+    Raises:
+        `InputError`: The folder holds no trained policy, or a file is damaged, or there is no evaluation in a folder
+            that was given for its evaluations.
+    """
+    folder = Path(folder)
+    settings = PolicySettings.load(folder) if folder.is_dir() else None
+    if settings is None:
+        raise InputError(f"{folder}: not the folder of a trained policy (it has no coaug.json); give its output_dir.")
+    found = dict.fromkeys(_find_evaluations(folder))
+    for given in evaluations:
+        beneath = _find_evaluations(Path(given))
+        if not beneath:
+            raise InputError(f"{given}: no finished evaluation is there; make one with coaug evaluate.")
+        found |= dict.fromkeys(beneath)
+    identity = {"revision": folder_hash(folder), "prompt_hash": settings.prompt_set.hash}
+    read = [_read_evaluation(path, identity) for path in {path.resolve(): path for path in found}.values()]
+    order = {"none": 0, "other": 1, "policy": 2}
+    read.sort(key=lambda each: (order[each.system], len(each.sides), str(each.folder)))
+    state = _read_object(folder / TRAINER_STATE)
+    return RunRecord(folder, settings, _read_object(folder / TRAINING_FILE), state.get("log_history", []), read)
+
+
+def _find_evaluations(folder: Path) -> list[Path]:
+    patterns = ["/".join(["*"] * depth + ["metrics.json"]) for depth in range(DEPTH + 1)]
+    paths = [path.parent for pattern in patterns for path in folder.glob(pattern.removeprefix("/"))]
+    return sorted(path for path in paths if (path / "run.trec").is_file() and (path / "manifest.json").is_file())
+
+
+def _read_evaluation(folder: Path, identity: dict[str, Any]) -> Evaluated:
+    evaluation = load_evaluation(folder)
+    augmentations = evaluation.manifest.get("augmentations")
+    if augmentations:
+        is_policy = all(augmentations.get(name) == value for name, value in identity.items())
+        return Evaluated(folder, evaluation, "policy" if is_policy else "other")
+    return Evaluated(folder, evaluation, "other" if "rm3" in evaluation.manifest["retriever"] else "none")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one if the file is not there."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); restore the file.") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a JSON object; restore the file.")
+    return content

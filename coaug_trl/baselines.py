@@ -1,7 +1,6 @@
 """The field's expansion methods with one model: prompted expansions of queries and documents, and RM3."""
 
 import copy
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib import resources
@@ -28,6 +27,7 @@ from .policy import GenerationSettings, PolicySettings
 from .prompts import PromptSet
 from .retrieval import Retriever
 from .retrieval.rm3 import RM3
+from .terminal import note, say
 
 
 COMPARISON_FILE = "comparison.md"
@@ -288,12 +288,11 @@ def _augment(augmenter: Augmenter, name: str, sides: Iterable[str], collection: 
     manifest = augmenter.augment_collection(collection, output_dir / "augmentations" / name, sides)
     for side in sides:
         counts = manifest["sides"][side]
-        print(f"{name}, {describe_side(side, counts)}")
+        say(f"{name}, {describe_side(side, counts)}")
         if counts["incomplete"] > counts["texts"] / 2:
-            print(
-                f"note: most answers of {name} are incomplete, so that it hardly differs from no augmentation; with a "
-                "model that can answer, allow more tokens by --max_new_tokens",
-                file=sys.stderr,
+            note(
+                f"most answers of {name} are incomplete, so that it hardly differs from no augmentation; with a model "
+                "that can answer, allow more tokens by --max_new_tokens"
             )
 
 
@@ -327,7 +326,7 @@ def evaluate_systems(
             texts = judged_texts(collection, augmented.answers if augmented else None)
             metrics = save_evaluation(folder, run, collection.qrels, manifest, measures, texts)
             done = "evaluated"
-        print(f"{name} {done}: {', '.join(f'{measure} {metrics[measure]:.4f}' for measure in measures)}")
+        say(f"{name} {done}: {', '.join(f'{measure} {metrics[measure]:.4f}' for measure in measures)}")
 
 
 def _documents_of(item: tuple[str, System]) -> str:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from . import __version__
+from . import __version__, terminal
 from .errors import InputError, TrainingStopped
 
 
@@ -23,14 +23,17 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["train"]:  # its options are those of three dataclasses, which TRL's parser reads
+        terminal.set_up("--quiet" in arguments, "--json" in arguments)
         from .train import main as train
 
-        return run_command(lambda: train(arguments[1:]), resumes=True)
+        others = [argument for argument in arguments[1:] if argument not in ("--quiet", "--json")]
+        return run_command(lambda: train(others), resumes=True)
     parser = _parser()
     options, others = parser.parse_known_args(arguments)
     if others and not hasattr(options, "recipe_arguments"):
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     options.recipe_arguments = others  # fields of a recipe, for TRL's parser
+    terminal.set_up(options.quiet, options.json)
     from . import commands
 
     return run_command(
@@ -44,13 +47,13 @@ def run_command(command: Callable[[], None], resumes: bool = False) -> int:
         command()
     except InputError as error:
         # libraries put line breaks into the messages that ours quote
-        print("error:", " ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)
+        terminal.error(" ".join(line.strip() for line in str(error).splitlines()))
         return 2
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if error.filename is None and not full:  # not about a file the user named
             raise
-        print(f"error: {error.filename or 'a file could not be written'}: {error.strerror or error}", file=sys.stderr)
+        terminal.error(f"{error.filename or 'a file could not be written'}: {error.strerror or error}")
         return 2
     except TrainingStopped as stop:
         if int(os.environ.get("RANK", 0)) == 0:  # all processes stop together, and one of them speaks
@@ -123,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     augment.add_argument(
         "--dry_run", action="store_true", help="estimate tokens, time and disk from a sample, and write nothing"
     )
+    _add_output(augment)
     augment.set_defaults(run="augment")
 
     index = commands.add_parser("index", help="index a collection, with or without augmentations, to search it")
@@ -130,13 +134,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_retriever(index)
     index.add_argument("--augmentations", metavar="DIR", help="folder made by coaug augment; default: none")
     index.add_argument("--output", required=True, metavar="DIR", help="folder of the index")
+    _add_output(index)
     index.set_defaults(run="index")
 
     search = commands.add_parser("search", help="search an index, with or without a policy that augments the queries")
     search.add_argument("--index", required=True, metavar="DIR", help="folder made by coaug index")
     search.add_argument("--model", help="policy that augments the queries: a folder or a Hub id; default: none")
     search.add_argument("--k", type=int, default=10, help="hits for a query; default: 10")
-    search.add_argument("--json", action="store_true", help="print a JSON object for each query")
+    _add_output(search, "print a JSON object for each query, a line each")
     search.add_argument(
         "--timing", action="store_true", help="search for one query at a time, and print how long its parts take"
     )
@@ -150,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--side", choices=["query", "document", "both"], default="both", help="side to augment")
     _add_run(evaluate)
     evaluate.add_argument("--output", required=True, metavar="DIR", help="folder of the evaluation")
+    _add_output(evaluate)
     evaluate.set_defaults(run="evaluate")
 
     baselines = commands.add_parser(
@@ -172,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(baselines)
     baselines.add_argument("--output", required=True, metavar="DIR", help="folder of augmentations and evaluations")
     _add_format(baselines)
+    _add_output(baselines)
     baselines.set_defaults(run="baselines")
 
     compare = commands.add_parser("compare", help="test evaluations against each other, pair by pair")
@@ -180,6 +187,7 @@ def _parser() -> argparse.ArgumentParser:
         "--measures", nargs="+", metavar="MEASURE", help="such as nDCG@10; default: those in all folders"
     )
     _add_format(compare)
+    _add_output(compare)
     compare.set_defaults(run="compare")
 
     _add_analyze(commands.add_parser("analyze", help="the analyses of the paper: words, advantages, sampled rewards"))
@@ -228,6 +236,11 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_output(parser: argparse.ArgumentParser, as_json: str = "print the result as a JSON object") -> None:
+    parser.add_argument("--quiet", action="store_true", help="print the result alone: no progress, no comments")
+    parser.add_argument("--json", action="store_true", help=as_json)
+
+
 def _add_analyze(parser: argparse.ArgumentParser) -> None:
     analyses = parser.add_subparsers(title="analyses", required=True, metavar="ANALYSIS")
 
@@ -246,7 +259,7 @@ def _add_analyze(parser: argparse.ArgumentParser) -> None:
         "--smoothing", type=float, default=1.0, help="added to the documents' count of each word; default: 1"
     )
     alignment.add_argument("--language", default="english", help="Snowball stemmer; default: english")
-    alignment.add_argument("--json", action="store_true", help="print a JSON object")
+    _add_output(alignment)
     alignment.set_defaults(run="analyze_alignment")
 
     advantages = analyses.add_parser(
@@ -265,7 +278,7 @@ def _add_analyze(parser: argparse.ArgumentParser) -> None:
     advantages.add_argument(
         "--threshold", type=float, default=0.02, metavar="STD", help="of a small standard deviation; default: 0.02"
     )
-    advantages.add_argument("--json", action="store_true", help="print a JSON object")
+    _add_output(advantages)
     advantages.set_defaults(run="analyze_advantages", recipe_arguments=[])
 
     reward = analyses.add_parser(
@@ -287,6 +300,7 @@ def _add_analyze(parser: argparse.ArgumentParser) -> None:
     reward.add_argument("--repeats", type=int, default=10, help="estimates with different draws; default: 10")
     reward.add_argument("--seed", type=int, default=0, help="seed of scores and draws; default: 0")
     reward.add_argument("--output", metavar="DIR", help="folder for reward_study.json and reward_study.png")
+    _add_output(reward)
     reward.set_defaults(run="analyze_reward")
 
 

@@ -1,19 +1,20 @@
 """What the commands of `coaug` do; each takes its parsed options and prints what it did."""
 
 import argparse
-import json
 import shutil
-import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
+from .terminal import note, say, show, visible
 
 
 # Everything heavier is imported by the command that needs it, so that a short one answers at once.
 if TYPE_CHECKING:
     from ir_measures import Measure
+    from rich.text import Text
 
     from .augment import AugmentedCollection
     from .compare import Comparison, Table
@@ -41,7 +42,7 @@ def augment(options: argparse.Namespace) -> None:
     main = process_index() == 0
     collection = Collection.load(options.collection, options.split, stream=True)
     if main:
-        print(collection.summary())
+        say(collection.summary())
     trained = PolicySettings.load(options.model) if Path(options.model).is_dir() else None
     prompt_set = PromptSet.load(options.prompt_set) if options.prompt_set else None
     generation = _generation(options)
@@ -61,18 +62,24 @@ def augment(options: argparse.Namespace) -> None:
     )
     sides = _sides(options.side) if options.side else augmenter.settings.sides
     if options.dry_run:
-        for side in sides if main else ():
-            print(f"{side}: {augmenter.estimate(collection, options.output, side, options.retry_incomplete)}")
+        if main:
+            estimates = {
+                side: augmenter.estimate(collection, options.output, side, options.retry_incomplete) for side in sides
+            }
+            content = {side: asdict(estimate) for side, estimate in estimates.items()}
+            show(content, "\n".join(f"{side}: {estimate}" for side, estimate in estimates.items()))
         return
     manifest = augmenter.augment_collection(collection, options.output, sides, options.retry_incomplete)
     if not main:
         return
-    for side, counts in manifest["sides"].items():
-        print(describe_side(side, counts))
+    lines = [describe_side(side, counts) for side, counts in manifest["sides"].items()]
     shares = f" by process 1 of {num_processes()}" * (num_processes() > 1)
-    for side, throughput in augmenter.throughput.items():
-        print(f"{side}{shares}: {throughput}")
-    print(f"{Path(options.output) / MANIFEST}")
+    lines += [f"{side}{shares}: {throughput}" for side, throughput in augmenter.throughput.items()]
+    throughput = {side: asdict(throughput) for side, throughput in augmenter.throughput.items()}
+    show(
+        manifest | {"folder": options.output, "throughput": throughput},
+        "\n".join([*lines, str(Path(options.output) / MANIFEST)]),
+    )
 
 
 def _generation(options: argparse.Namespace) -> "GenerationSettings | None":
@@ -95,12 +102,13 @@ def index(options: argparse.Namespace) -> None:
     refuse_other_content(options.output)  # rather now than after the work
     split = options.split or open_source(options.collection).splits[0]
     collection = Collection.load(options.collection, split)
-    print(collection.summary())
+    say(collection.summary())
     augmented, retriever = _augmented_and_retriever(options, collection, ("document",))
-    SearchIndex.build(collection, augmented, retriever, options.output)
-    print(
+    index = SearchIndex.build(collection, augmented, retriever, options.output)
+    show(
+        index.manifest | {"folder": options.output},
         f"{len(collection.corpus):,} documents indexed, {'with' if augmented else 'without'} augmentations; "
-        f"{options.output}"
+        f"{options.output}",
     )
 
 
@@ -127,22 +135,17 @@ def search(options: argparse.Namespace) -> None:
     else:
         results, timings = index.search(options.queries, options.k, augmenter), None
     for place, result in enumerate(results):
-        if options.json:
-            seconds = {"seconds": timings[place]._asdict() | {"total": timings[place].total}} if timings else {}
-            print(json.dumps(result._asdict() | seconds, ensure_ascii=False))
-        else:
-            _print_hits(*result)
+        seconds = {"seconds": timings[place]._asdict() | {"total": timings[place].total}} if timings else {}
+        show(result._asdict() | seconds, _hits(*result), indent=None)
     if timings:
-        _print_timings(loading, timings, sys.stderr if options.json else sys.stdout)
+        say(_timings(loading, timings))
 
 
-def _print_timings(loading: float, timings: list["Timing"], file: TextIO) -> None:
+def _timings(loading: float, timings: list["Timing"]) -> str:
     from statistics import median
 
     import numpy as np
 
-    print(f"loaded in {loading:.2f} s, a first query included; then, for one query at a time:", file=file)
-    print(f"{'ms':>8}{'augment':>10}{'search':>10}{'total':>10}", file=file)
     parts = [[1000 * part for part in (*timing, timing.total)] for timing in timings]
     rows = {"query": parts[0]}
     if len(parts) > 1:
@@ -150,23 +153,32 @@ def _print_timings(loading: float, timings: list["Timing"], file: TextIO) -> Non
             "median": [median(column) for column in zip(*parts, strict=True)],
             "p95": np.percentile(parts, 95, axis=0),
         }
-    for name, row in rows.items():
-        print(f"{name:>8}" + "".join(f"{value:>10.1f}" for value in row), file=file)
+    lines = [
+        f"loaded in {loading:.2f} s, a first query included; then, for one query at a time:",
+        f"{'ms':>8}{'augment':>10}{'search':>10}{'total':>10}",
+    ]
+    lines += [f"{name:>8}" + "".join(f"{value:>10.1f}" for value in row) for name, row in rows.items()]
+    return "\n".join(lines)
 
 
-def _print_hits(query: str, answer: str | None, rows: list[dict[str, Any]]) -> None:
-    print(query)
+def _hits(query: str, answer: str | None, rows: list[dict[str, Any]]) -> "Text":
+    """What a search found for one query, a line a hit, cut to the width of a terminal."""
+    from rich.text import Text
+
+    lines = [Text(query, "bold")]
     if answer is not None:
-        print(f"  + {' '.join(answer.split())}" if answer else "  (nothing added)")
+        lines.append(Text(f"  + {' '.join(answer.split())}" if answer else "  (nothing added)", "cyan"))
     if not rows:
-        print("  nothing found")
+        lines.append(Text("  nothing found"))
     width = max((len(row["_id"]) for row in rows), default=0)
     for row in rows:
         line = f"{row['rank']:>4}  {row['score']:>8.4f}  {row['_id']:<{width}}  "
         columns = max(shutil.get_terminal_size().columns - len(line), 20)
-        shown = " ".join(f"{row['title']} | {row['text']}".split()).strip("| ")
-        print(line + (shown if len(shown) <= columns else f"{shown[: columns - 1]}…"))
-    print()
+        title, text = (" ".join(visible(row[name]).split()) for name in ("title", "text"))
+        shown = Text.assemble((title, "bold"), " | " if title and text else "", text)
+        shown.truncate(columns, overflow="ellipsis")
+        lines.append(Text(line) + shown)
+    return Text("\n").join([*lines, Text("")])
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -185,7 +197,7 @@ def evaluate(options: argparse.Namespace) -> None:
     measures = parse_measures(options.measures or MEASURES)
     check_depth(options.k)
     collection = Collection.load(options.collection, options.split)
-    print(collection.summary())
+    say(collection.summary())
     augmented, retriever = _augmented_and_retriever(options, collection, _sides(options.side))
     queries, documents = compose(collection, augmented, retriever)
     retriever.index(documents)
@@ -196,10 +208,11 @@ def evaluate(options: argparse.Namespace) -> None:
     texts = judged_texts(collection, augmented.answers if augmented else None)
     metrics = save_evaluation(options.output, run, collection.qrels, manifest, measures.values(), texts)
     _note_depth(measures, options.k, collection)
-    _print_means(options.output, run)
-    print(
+    show(
+        metrics | {"folder": options.output},
+        f"{_means(options.output, run)}\n"
         f"over {metrics['num_queries']:,} judged queries, of which {metrics['num_queries_without_hits']:,} found "
-        f"nothing and count 0; {options.output}"
+        f"nothing and count 0; {options.output}",
     )
 
 
@@ -210,11 +223,11 @@ def _note_depth(measures: dict["Measure", str], k: int, collection: "Collection"
         if k < measure.params.get("cutoff", 0) and k < len(collection.corpus)
     ]
     if too_deep:
-        print(f"note: {', '.join(too_deep)} would need more than the {k:,} hits of --k", file=sys.stderr)
+        note(f"{', '.join(too_deep)} would need more than the {k:,} hits of --k")
 
 
-def _print_means(folder: str, run: dict[str, dict[str, float]]) -> None:
-    """Prints the means of an evaluation, and those that leave out queries without hits where there are any."""
+def _means(folder: str, run: dict[str, dict[str, float]]) -> str:
+    """The means of an evaluation, and those that leave out queries without hits where there are any."""
     from statistics import fmean
 
     from .evaluation import load_evaluation
@@ -222,12 +235,14 @@ def _print_means(folder: str, run: dict[str, dict[str, float]]) -> None:
     evaluation = load_evaluation(folder)
     with_hits = [values for query_id, values in evaluation.per_query.items() if run.get(query_id)]
     width = max(map(len, evaluation.measures))
+    lines = []
     for name in evaluation.measures:
         line = f"{name:>{width}}  {evaluation.metrics[name]:.4f}"
         if 0 < len(with_hits) < len(evaluation.per_query):
             mean = fmean(values[name] for values in with_hits)
             line += f"   ({mean:.4f} over the {len(with_hits):,} queries with hits, as BEIR averages)"
-        print(line)
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def _augmented_and_retriever(
@@ -294,7 +309,7 @@ def baselines(options: argparse.Namespace) -> None:
     retriever = _retriever(options, trained.retriever if trained else {}, f"{options.policy} is a policy")
     systems = choose_systems(retriever, options.model, options.policy, options.only)
     collection = Collection.load(options.collection, options.split)
-    print(collection.summary())
+    say(collection.summary())
     comparison = run_baselines(
         systems,
         collection,
@@ -311,22 +326,22 @@ def baselines(options: argparse.Namespace) -> None:
     )
     _note_depth(measures, options.k, collection)
     if comparison:
-        _print_notes(comparison)
-        print(f"\n{comparison.render_summary(options.format)}\n")
-        print(f"all pairs, measures and examples: {Path(options.output) / COMPARISON_FILE}")
+        _note_all(comparison)
+        show(comparison.content(), f"\n{comparison.render_summary(options.format)}\n")
+        say(f"all pairs, measures and examples: {Path(options.output) / COMPARISON_FILE}")
 
 
 def compare(options: argparse.Namespace) -> None:
     from .compare import compare_folders
 
     comparison = compare_folders(options.folders, options.measures)
-    _print_notes(comparison)
-    print(comparison.render(options.format))
+    _note_all(comparison)
+    show(comparison.content(), comparison.render(options.format))
 
 
-def _print_notes(comparison: "Comparison") -> None:
-    for note in comparison.notes:
-        print(f"note: {note}", file=sys.stderr)
+def _note_all(comparison: "Comparison") -> None:
+    for text in comparison.notes:
+        note(text)
 
 
 def analyze_alignment(options: argparse.Namespace) -> None:
@@ -346,7 +361,7 @@ def analyze_alignment(options: argparse.Namespace) -> None:
         f"{collection.name} ({collection.split}): H(Q,D) in nats a word, {options.smoothing:g} added to the documents' "
         f"count of each word; words as BM25 reads them ({options.language}); unseen: query words in no document"
     )
-    _print_analysis(options.json, settings, rows, alignment_table(rows, title))
+    _show_analysis(settings, rows, alignment_table(rows, title))
 
 
 def analyze_advantages(options: argparse.Namespace) -> None:
@@ -370,16 +385,11 @@ def analyze_advantages(options: argparse.Namespace) -> None:
         f"{settings['num_rollouts']} rollouts a text; small: a standard deviation below {options.threshold:g}, of the "
         "rewards before and the advantages after; amplified variance: small before less small after"
     )
-    _print_analysis(options.json, settings, rows, anomalies_table(rows, title))
+    _show_analysis(settings, rows, anomalies_table(rows, title))
 
 
-def _print_analysis(as_json: bool, settings: dict[str, Any], rows: list[Any], table: "Table") -> None:
-    from dataclasses import asdict
-
-    if as_json:
-        print(json.dumps(settings | {"rows": [asdict(row) for row in rows]}, indent=2, ensure_ascii=False))
-    else:
-        print(table)
+def _show_analysis(settings: dict[str, Any], rows: list[Any], table: "Table") -> None:
+    show(settings | {"rows": [asdict(row) for row in rows]}, str(table))
 
 
 def analyze_reward(options: argparse.Namespace) -> None:
@@ -393,7 +403,8 @@ def analyze_reward(options: argparse.Namespace) -> None:
         f"Sampled against exact reward (NDCG@10), 5 rollouts a text, {options.repeats} repeats: mean and largest "
         "absolute error, variance of an estimate, median seconds for the pool"
     )
-    print(errors_table(rows, title))
+    settings = {"repeats": options.repeats, "seed": options.seed}
+    _show_analysis(settings, rows, errors_table(rows, title))
     if options.output:
-        save_study(rows, {"repeats": options.repeats, "seed": options.seed}, options.output)
-        print(f"{Path(options.output) / 'reward_study.json'}, {Path(options.output) / 'reward_study.png'}")
+        save_study(rows, settings, options.output)
+        say(f"{Path(options.output) / 'reward_study.json'}, {Path(options.output) / 'reward_study.png'}")

@@ -4,11 +4,11 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich import box
@@ -134,6 +134,18 @@ class Comparison:
         lost = [query_id for query_id in by_change[: -EXAMPLES - 1 : -1] if last[query_id] < first[query_id]]
         return [(query_id, first[query_id], last[query_id]) for query_id in gained + lost]
 
+    def content(self) -> dict[str, Any]:
+        """Means, tests of all pairs, and the queries that changed most by the first measure, for JSON."""
+        first = next(iter(self.values))
+        return {
+            "names": self.names,
+            "num_queries": len(self.values[first][0]),
+            "means": {measure: self.means(measure) for measure in self.values},
+            "pairs": [asdict(pair) for pair in self.pairs],
+            "changes": [{"_id": id_, "first": before, "last": after} for id_, before, after in self.changes(first)],
+            "notes": self.notes,
+        }
+
     def render(self, format: str = "table") -> str:
         """
         Writes the tables: means, with three systems or more the matrix of p-values of the first measure, pairs for
@@ -147,7 +159,7 @@ class Comparison:
         Returns:
             `str`: the tables and examples, with an empty line between them.
         """
-        tables = [*self._summary(), *map(self._pairs, self.values), self._changes()]
+        tables = [*self._summary(), *map(self.pairs_table, self.values), self._changes()]
         blocks = [FORMATS[format](table) for table in tables]
         if self.examples:
             blocks.append(
@@ -170,9 +182,9 @@ class Comparison:
 
     def _summary(self) -> list["Table"]:
         # With two systems the one pair says it all.
-        return [self._means()] + [self._matrix(next(iter(self.values)))] * (len(self.names) > 2)
+        return [self.means_table()] + [self.matrix_table(next(iter(self.values)))] * (len(self.names) > 2)
 
-    def _means(self) -> "Table":
+    def means_table(self) -> "Table":
         measures = list(self.values)
         means = {measure: [round(mean, 4) for mean in self.means(measure)] for measure in measures}
         beaten = {measure: self.beaten(measure) for measure in measures}
@@ -195,14 +207,14 @@ class Comparison:
         )
         return Table(title, ["", "system", *measures], rows, left=2)
 
-    def _matrix(self, measure: str) -> "Table":
+    def matrix_table(self, measure: str) -> "Table":
         """Row against column: + where the row is better, - where it is worse, and the corrected p of the t test."""
         cells = {}
         for pair in self.pairs:
             if pair.measure == measure:
                 sign = (pair.mean_difference > 0) - (pair.mean_difference < 0)
-                cells[pair.later, pair.earlier] = f"{'-=+'[sign + 1]} {_p(pair.p_t_test_holm)}"
-                cells[pair.earlier, pair.later] = f"{'+=-'[sign + 1]} {_p(pair.p_t_test_holm)}"
+                cells[pair.later, pair.earlier] = f"{'-=+'[sign + 1]} {format_p(pair.p_t_test_holm)}"
+                cells[pair.earlier, pair.later] = f"{'+=-'[sign + 1]} {format_p(pair.p_t_test_holm)}"
         places = range(len(self.names))
         rows = [
             [Cell(LETTERS[row]), Cell(self.names[row])] + [Cell(cells.get((row, column), "")) for column in places]
@@ -213,7 +225,7 @@ class Comparison:
         )
         return Table(title, ["", "system", *(LETTERS[place] for place in places)], rows, left=2)
 
-    def _pairs(self, measure: str) -> "Table":
+    def pairs_table(self, measure: str) -> "Table":
         return Table(
             f"{measure}: all pairs; w/t/l: wins, ties, losses of the pair's first; p before and after Holm's correction",
             ["pair", "difference", "d_z", "w/t/l", "p t", "Holm", "p Fisher", "Holm"],
@@ -421,15 +433,15 @@ def _pair_row(pair: Pair) -> list[Cell]:
         f"{pair.mean_difference:+.4f}",
         f"{pair.effect_size:+.2f}",
         f"{pair.wins}/{pair.ties}/{pair.losses}",
-        _p(pair.p_t_test),
-        _p(pair.p_t_test_holm),
-        _p(pair.p_randomization),
-        _p(pair.p_randomization_holm),
+        format_p(pair.p_t_test),
+        format_p(pair.p_t_test_holm),
+        format_p(pair.p_randomization),
+        format_p(pair.p_randomization_holm),
     ]
     return [Cell(text) for text in texts]
 
 
-def _p(value: float) -> str:
+def format_p(value: float) -> str:
     return f"{value:.4f}" if value >= 0.0001 else "<0.0001"
 
 
@@ -514,36 +526,36 @@ def _example_rows(names: tuple[str, str], example: Example) -> Iterator[tuple[st
         yield "", "document", document
 
 
-def _escape_markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
     return re.sub(r"([\\|*`<\[\]~&$]|(?<!\w)_|_(?!\w))", r"\\\1", text)
 
 
 def _markdown(table: Table) -> str:
     def write(cell: Cell) -> str:
-        text = f"**{_escape_markdown(cell.text)}**" if cell.bold else _escape_markdown(cell.text)
+        text = f"**{escape_markdown(cell.text)}**" if cell.bold else escape_markdown(cell.text)
         return f"{text}<sup>{cell.superscript}</sup>" if cell.superscript else text
 
     lines = [
-        list(map(_escape_markdown, table.header)),
+        list(map(escape_markdown, table.header)),
         ["---" if column < table.left else "---:" for column in range(len(table.header))],
         *(list(map(write, row)) for row in table.rows),
     ]
     written = ["| " + " | ".join(line) + " |" for line in lines] if table.rows else []
-    return "\n".join([_escape_markdown(table.title), ""] + written).rstrip()
+    return "\n".join([escape_markdown(table.title), ""] + written).rstrip()
 
 
 def _markdown_examples(measure: str, names: tuple[str, str], examples: list[Example]) -> str:
     def mark(pieces: list[Piece]) -> str:
-        return _mark(pieces, _escape_markdown, "**{}**")
+        return _mark(pieces, escape_markdown, "**{}**")
 
-    blocks = [_escape_markdown(_examples_title(measure, "bold"))]
+    blocks = [escape_markdown(_examples_title(measure, "bold"))]
     for example in examples:
         lines = ["| system | | text | added |", "| --- | --- | --- | --- |"]
         lines += [
-            f"| {_escape_markdown(name)} | {type_} | {mark(side.text)} | {mark(side.augmentation)} |"
+            f"| {escape_markdown(name)} | {type_} | {mark(side.text)} | {mark(side.augmentation)} |"
             for name, type_, side in _example_rows(names, example)
         ]
-        blocks += [_escape_markdown(_example_title(example)), "\n".join(lines)]
+        blocks += [escape_markdown(_example_title(example)), "\n".join(lines)]
     return "\n\n".join(blocks)
 
 

@@ -34,6 +34,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .errors import InputError
 from .policy import GenerationSettings
+from .terminal import note
 
 
 ENGINES = ("vllm", "transformers")
@@ -136,6 +137,39 @@ class TransformersEngine:
         """As the module says. Texts that have ended leave the batch, and others take their places."""
         if temperature > 0:
             torch.manual_seed(seed)
+        self._set_up(generation, temperature)
+        prompts = iter(prompts)
+        while window := list(itertools.islice(prompts, max(self.width, TEXTS_SORTED_TOGETHER))):
+            # The longest first, so that what does not fit into memory fails at once.
+            window.sort(key=lambda prompt: len(prompt[1]), reverse=True)
+            yield from self._complete_window(window, generation.max_new_tokens)
+
+    @torch.inference_mode()
+    def stream(self, prompt: list[int], generation: GenerationSettings) -> Iterator[str]:
+        """
+        Writes greedily for one prompt, for someone who reads along.
+
+        Args:
+            prompt (`list[int]`):
+                Token ids.
+            generation ([`~coaug_trl.policy.GenerationSettings`]):
+                As for [`complete`].
+
+        Returns:
+            `Iterator[str]`: what has been written, after every token; the last one is the text that [`complete`] gives.
+            A model with a recurrent state, which cannot go on from where it was, writes all at once.
+        """
+        self._set_up(generation, temperature=0.0)
+        batch = self._start([(None, prompt)])
+        while True:
+            (tokens,) = batch.written()
+            end = self._end(tokens)
+            yield self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+            if end or len(tokens) == generation.max_new_tokens:
+                return
+            self._generate(batch, 1 if batch.cache is not None else generation.max_new_tokens)
+
+    def _set_up(self, generation: GenerationSettings, temperature: float) -> None:
         # All sampling settings are given, since the model's own generation_config may hold others.
         self._settings = dict(
             do_sample=temperature > 0,
@@ -149,11 +183,10 @@ class TransformersEngine:
             cache_implementation=None,
             return_dict_in_generate=False,
         )
-        prompts = iter(prompts)
-        while window := list(itertools.islice(prompts, max(self.width, TEXTS_SORTED_TOGETHER))):
-            # The longest first, so that what does not fit into memory fails at once.
-            window.sort(key=lambda prompt: len(prompt[1]), reverse=True)
-            yield from self._complete_window(window, generation.max_new_tokens)
+
+    def _end(self, tokens: list[int]) -> int | None:
+        """How many tokens a text has if it has ended."""
+        return next((place for place, token in enumerate(tokens, start=1) if token in self._ends), None)
 
     def _complete_window(self, window: list[tuple[Any, list[int]]], max_new_tokens: int) -> Completions:
         batch, first = None, 0
@@ -166,7 +199,7 @@ class TransformersEngine:
                 self._go_on(batch, max_new_tokens)
             staying = []
             for row, tokens in enumerate(batch.written()):
-                end = next((place for place, token in enumerate(tokens, start=1) if token in self._ends), None)
+                end = self._end(tokens)
                 if end or len(tokens) == max_new_tokens:
                     text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
                     yield batch.tags[row], Completion(text, end or max_new_tokens)
@@ -495,7 +528,7 @@ class ServerEngine:
             )
         self.model = model if model in served else served[0]
         if self.model != model and process_index() == 0:
-            print(f"note: {url} serves {self.model}, which is taken to be {model}", file=sys.stderr)
+            note(f"{url} serves {self.model}, which is taken to be {model}")
 
     def complete(
         self, prompts: Prompts, generation: GenerationSettings, temperature: float = 0.0, seed: int = 0

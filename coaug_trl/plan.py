@@ -29,6 +29,7 @@ from .memory import (
 )
 from .prompts import PromptSet, document_text
 from .retrieval import Retriever
+from .terminal import say
 from .trainer import check_prompt_set, corpus_documents, refuse_vanishing_updates
 
 
@@ -80,38 +81,38 @@ def print_plan(
     retriever.fit(list(train_collection.corpus.values()))
     batches = groups.groups_per_epoch // training_args.groups_per_batch
     steps = batches * training_args.updates_per_batch * training_args.num_iterations
-    print(train_collection.summary())
+    say(train_collection.summary())
     if eval_collection is not None:
-        print(eval_collection.summary())
-    print(training_args.batch_summary)
-    print(
+        say(eval_collection.summary())
+    say(training_args.batch_summary)
+    say(
         f"1 epoch = {batches:,} generation batches = {steps:,} optimizer steps; "
         f"{groups.num_filled:,} queries come twice to fill the last batch"
     )
-    print(
+    say(
         f"1 optimizer step on each of {training_args.world_size} processes = "
         f"{training_args.gradient_accumulation_steps:,} × {training_args.per_device_train_batch_size} completions"
     )
-    print(f"retriever {retriever.config}, prompt set {prompt_set.hash} ({prompt_set.kind})")
+    say(f"retriever {retriever.config}, prompt set {prompt_set.hash} ({prompt_set.kind})")
     if training_args.num_hard_negatives:
         first, last = training_args.hard_negative_ranks
-        print(
+        say(
             f"hard negatives: up to {training_args.num_hard_negatives} a group, from ranks {first} to {last}; mined when "
             "training starts, and not in the group below"
         )
     if training_args.candidate_pool == "corpus":
         num_documents = len(corpus_documents(train_collection, retriever, prompt_set, training_args))
         source = training_args.augmentations or "the collection, not augmented"
-        print(f"every query competes with {num_documents:,} documents; texts outside the batch: {source}")
+        say(f"every query competes with {num_documents:,} documents; texts outside the batch: {source}")
     group = groups[0]
     if training_args.augment != "document":
         query = train_collection.queries[group.queries[0]]
-        print(f"first query prompt: {prompt_set.prompt('query', query, tokenizer)}")
+        say(f"first query prompt: {prompt_set.prompt('query', query, tokenizer)}")
     if training_args.augment != "query":
         documents, num_cut = prompt_set.truncate(
             [document_text(train_collection.corpus[document_id]) for document_id in group.documents], tokenizer
         )
-        print(
+        say(
             f"first group: {len(documents)} document prompts, {num_cut} of them cut to "
             f"{prompt_set.max_document_tokens} tokens"
         )
@@ -125,7 +126,7 @@ def print_plan(
         encoder=encoder_bytes(retriever),
     )
     check_run(run)
-    print(f"\n{model_summary(model_args, architecture)}")
+    say(f"\n{model_summary(model_args, architecture)}")
     print_tokens(training_args, architecture, run, steps)
     print_memory(architecture, run, gpu_bytes(script_args.gpu_memory_gib))
 
@@ -237,7 +238,7 @@ def print_tokens(training_args: CoAugConfig, architecture: Architecture, run: Ru
     rows = training_args.gradient_accumulation_steps * run.batch_size
     completions = rows * run.num_processes
     seconds = training_flops(architecture, run, rows) / (TFLOPS * 1e12)
-    print(
+    say(
         f"1 optimizer step = {completions:,} completions, at most {completions * run.args.max_completion_length:,} tokens, and "
         f"{completions * run.length:,} with prompts ({run.prompt_tokens:,} the longest)\n"
         f"training, without generation, at {TFLOPS} TFLOP/s a GPU: at most {seconds:,.1f} s an optimizer step, "
@@ -261,28 +262,28 @@ def print_memory(architecture: Architecture, run: Run, gpu: int | None) -> None:
         "none": "for one process without sharding (more are counted if the dry run is launched as the run)",
         "ddp": f"for each of {run.num_processes} processes, which do not share weights",
     }.get(run.sharding, f"for each of {run.num_processes} processes under {run.sharding}")
-    print(f"memory, estimated, {where}:")
+    say(f"memory, estimated, {where}:")
     for part in estimate_memory(architecture, run):
         when = {"always": "", "generation": " (while generating)", "training": " (in an update)"}[part.phase]
-        print(f"  {part.name:<20} {part.size / GIB:7.2f} GiB  {part.note}{when}")
+        say(f"  {part.name:<20} {part.size / GIB:7.2f} GiB  {part.note}{when}")
     engine = engine_memory(architecture, run) / GIB
     if run.generation == "colocate":
         part = run.args.vllm_gpu_memory_utilization
         size = f"{part * gpu / GIB:7.2f} GiB" if gpu else " " * 11
         note = f"{part:g} of the GPU; needs {engine:.1f} GiB for weights and the KV cache of one sequence"
-        print(f"  {'vLLM':<20} {size}  {note}{' (asleep in updates)' if run.args.vllm_enable_sleep_mode else ''}")
+        say(f"  {'vLLM':<20} {size}  {note}{' (asleep in updates)' if run.args.vllm_enable_sleep_mode else ''}")
     elif run.generation == "server":
         note = f"on other GPUs, where the server needs {engine:.1f} GiB at least"
-        print(f"  {'vLLM':<20} {0:7.2f} GiB  {note}")
+        say(f"  {'vLLM':<20} {0:7.2f} GiB  {note}")
     least = least_gpu(architecture, run)
     peak = f"{peak_memory(architecture, run, gpu) / GIB:.1f} GiB"
     peak += " without vLLM" if run.generation == "colocate" and gpu is None else ""
     smallest = "none, vLLM gets all of it or nothing" if math.isinf(least) else f"{math.ceil(least / GIB)} GiB"
-    print(f"peak: {peak}; the smallest GPU it fits on: {smallest}")
+    say(f"peak: {peak}; the smallest GPU it fits on: {smallest}")
     if gpu is None:
-        print("--gpu_memory_gib N says whether it fits on a GPU of N GiB, and what to change if not")
+        say("--gpu_memory_gib N says whether it fits on a GPU of N GiB, and what to change if not")
     elif least <= gpu:
-        print(f"fits on a GPU of {gpu / GIB:g} GiB")
+        say(f"fits on a GPU of {gpu / GIB:g} GiB")
     else:
         print_ways_to_fit(architecture, run, gpu)
 
@@ -291,12 +292,12 @@ def print_ways_to_fit(architecture: Architecture, run: Run, gpu: int) -> None:
     """Prints single changes with what each saves, for a run that does not fit."""
     before = peak_memory(architecture, run, gpu)
     changes = ways_to_fit(architecture, run, gpu)
-    print(f"does not fit on a GPU of {gpu / GIB:g} GiB. What would help, each by itself:")
+    say(f"does not fit on a GPU of {gpu / GIB:g} GiB. What would help, each by itself:")
     for text, *changed in changes:
         peak = peak_memory(*changed, gpu)
         saving = (
             f"saves {(before - peak) / GIB:.1f} GiB" if peak < before else f"takes {(peak - before) / GIB:.1f} GiB"
         )
-        print(f"  {text}: {saving}, {peak / GIB:.1f} GiB{', fits' if least_gpu(*changed) <= gpu else ''}")
+        say(f"  {text}: {saving}, {peak / GIB:.1f} GiB{', fits' if least_gpu(*changed) <= gpu else ''}")
     if not any(least_gpu(*changed) <= gpu for _, *changed in changes):
-        print("none of these is enough by itself: take several, a smaller model or a larger GPU")
+        say("none of these is enough by itself: take several, a smaller model or a larger GPU")

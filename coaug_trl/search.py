@@ -1,7 +1,6 @@
 """The folder that serves a collection: its index, its documents as they are, and which policy may augment queries."""
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from .files import write_json, write_jsonl
 from .policy import GenerationSettings, PolicySettings, package_versions
 from .prompts import PROMPT_SET_FILE, PromptSet
 from .retrieval import Retriever, load_retriever
+from .terminal import note
 
 
 # A search without a policy does without torch.
@@ -193,11 +193,10 @@ class SearchIndex:
             )
         augmenter = Augmenter.from_pretrained(model, prompt_set, generation)
         if made_with and augmenter.revision != made_with["revision"]:
-            print(
-                f"note: the queries are augmented by {augmenter.name} ({augmenter.revision}), the documents were by "
+            note(
+                f"the queries are augmented by {augmenter.name} ({augmenter.revision}), the documents were by "
                 f"{made_with['model']} ({made_with['revision']}); only one model for both sides has agreed on its "
-                "words",
-                file=sys.stderr,
+                "words"
             )
         return augmenter
 
@@ -247,6 +246,22 @@ class SearchIndex:
             timings.append(Timing(augmented - start, time.perf_counter() - augmented))
         return results, timings
 
+    def documents(self, ids: set[str]) -> dict[str, dict[str, Any]]:
+        """
+        Reads documents as they are, not as they are indexed.
+
+        Args:
+            ids (`set[str]`):
+                Their ids.
+
+        Returns:
+            `dict[str, dict[str, Any]]`: `_id`, `title` and `text` by id.
+
+        Raises:
+            `InputError`: The folder lacks one.
+        """
+        return _read_documents(self.folder / DOCUMENTS_FILE, ids)
+
     def _answers(self, queries: Sequence[str], augmenter: "Augmenter | None") -> list[str | None]:
         if augmenter is None:
             return [None] * len(queries)
@@ -260,7 +275,7 @@ class SearchIndex:
             compose_query = augmenter.settings.prompt_set.compose_query
             texts = [compose_query(query, answer) for query, answer in zip(queries, answers, strict=True)]
         found = self.retriever.search(texts, k)
-        documents = _read_documents(self.folder / DOCUMENTS_FILE, {id_ for hits in found for id_, _ in hits})
+        documents = self.documents({id_ for hits in found for id_, _ in hits})
         return [
             Result(
                 query,

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .files import atomic_open
+from .terminal import note
 
 
 # Of a row: hash of text and settings, what was generated, and at which attempt.
@@ -117,8 +117,7 @@ def _set_aside(path: Path) -> None:
         os.replace(path, path.with_suffix(".damaged"))
     except FileNotFoundError:  # another process was faster
         return
-    print(
-        f"note: {path} is damaged: its content does not have the SHA-256 of its name. It is now called "
-        f"{path.with_suffix('.damaged').name}, and what it held is generated again",
-        file=sys.stderr,
+    note(
+        f"{path} is damaged: its content does not have the SHA-256 of its name. It is now called "
+        f"{path.with_suffix('.damaged').name}, and what it held is generated again"
     )

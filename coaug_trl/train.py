@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import PartialState
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from .augment import describe_seconds
 from .checkpoints import check_checkpoint, last_whole_checkpoint, saving
 from .config import CoAugConfig
 from .data import Collection
@@ -23,6 +24,7 @@ from .errors import InputError, TrainingStopped
 from .plan import print_plan
 from .prompts import PromptSet
 from .retrieval import Retriever, make_retriever
+from .terminal import is_quiet, say, show
 from .trainer import CoAugTrainer
 
 
@@ -137,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
             trainer.save_state()  # what was logged until then
         trainer.accelerator.end_training()
         raise
-    trainer.log_metrics("train", train_result.metrics)
+    metrics = dict(train_result.metrics)
     trainer.save_metrics("train", train_result.metrics)
     trainer.save_state()
 
@@ -147,13 +149,32 @@ def main(arguments: list[str] | None = None) -> None:
     with saving(training_args.output_dir, training_args.output_dir):
         trainer.save_model(training_args.output_dir)
     if trainer.eval_collection is not None:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
+        evaluated = trainer.evaluate()
+        metrics |= evaluated
+        trainer.save_metrics("eval", evaluated)
     if training_args.push_to_hub:
         trainer.push_to_hub()
+    if trainer.is_world_process_zero():
+        show(metrics | {"folder": training_args.output_dir}, describe_run(trainer.state.log_history, training_args))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # processes that leave without it may abort when all is done
+
+
+def describe_run(history: list[dict], args: CoAugConfig) -> str:
+    """What a run that has ended did, in a few lines."""
+    lines = []
+    for name, label in (("reward", "reward"), (f"eval_nDCG@{args.ndcg_k}", f"dev nDCG@{args.ndcg_k}")):
+        curve = [(entry[name], entry["step"]) for entry in history if name in entry]
+        if curve:
+            best, step = max(curve)
+            lines.append(f"{label}: {curve[0][0]:.4f} → {curve[-1][0]:.4f}, at best {best:.4f} at step {step:,}")
+    last = {name: value for entry in history for name, value in entry.items()}
+    cost = [f"{last['step']:,} optimizer steps"]
+    if "num_tokens" in last:
+        cost.append(f"{last['num_tokens']:,.0f} tokens read and generated")
+    if "train_runtime" in last:
+        cost.append(describe_seconds(last["train_runtime"]))
+    return "\n".join([*lines, ", ".join(cost), f"policy: {args.output_dir}"])
 
 
 def given_checkpoint(training_args: CoAugConfig) -> str | None:
@@ -263,6 +284,8 @@ def make_trainer(
     if not training_args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(CompactProgressCallback)
+    if is_quiet():
+        trainer.remove_callback(PrinterCallback)
     return trainer
 
 
@@ -276,14 +299,15 @@ class CompactProgressCallback(ProgressCallback):
                 self.training_bar.set_postfix(shown)
             for key, value in logs.items():
                 if key == f"eval_nDCG@{args.ndcg_k}":
-                    self.training_bar.write(f"step {state.global_step}: {key} = {value:.4f}")
+                    with self.training_bar.external_write_mode():
+                        say(f"step {state.global_step}: {key} = {value:.4f}")
 
 
 def set_up_logging() -> None:
     """Prints what this package has to say; hides deprecations that only the authors of libraries can act on."""
     logging.basicConfig(format="%(message)s")
     # Every process runs this; one of them speaks.
-    level = logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR
+    level = logging.ERROR if int(os.environ.get("RANK", 0)) else logging.WARNING if is_quiet() else logging.INFO
     logging.getLogger("coaug_trl").setLevel(level)
     warnings.filterwarnings("ignore", category=FutureWarning)
 

@@ -1,0 +1,112 @@
+"""How the commands speak: results on standard output, what goes on beside them, problems on standard error."""
+
+import json
+import math
+import os
+import re
+import sys
+from typing import TYPE_CHECKING, Any, TextIO
+
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+# Libraries read these when they are imported, which is after the command line is read.
+_NO_PROGRESS = {
+    "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_settings = {"quiet": False, "json": False}
+
+
+def set_up(quiet: bool = False, as_json: bool = False) -> None:
+    """
+    Says how the command that runs is to speak.
+
+    Args:
+        quiet (`bool`, *optional*, defaults to `False`):
+            Results and problems only: no progress, nothing of what goes on.
+        as_json (`bool`, *optional*, defaults to `False`):
+            Results as JSON; standard output holds nothing else.
+    """
+    _settings.update(quiet=quiet, json=as_json)
+    if quiet:
+        os.environ.update(_NO_PROGRESS)
+    elif not sys.stderr.isatty():  # a log: a line now and then rather than ten a second
+        os.environ.setdefault("TQDM_MININTERVAL", "30")
+
+
+def is_quiet() -> bool:
+    """Whether the command is to print results and problems only."""
+    return _settings["quiet"]
+
+
+def say(text: object = "") -> None:
+    """Prints what goes on: nothing with `--quiet`, and beside the results with `--json`."""
+    if not _settings["quiet"]:
+        print(visible(str(text)), file=sys.stderr if _settings["json"] else sys.stdout)
+
+
+def note(text: str) -> None:
+    """Prints what a user should know or act on."""
+    _print_labelled("note:", "yellow", text)
+
+
+def error(text: str) -> None:
+    """Prints why the command ends."""
+    _print_labelled("error:", "bold red", text)
+
+
+def show(content: Any, shown: "RenderableType", indent: int | None = 2) -> None:
+    """
+    Prints a result.
+
+    Args:
+        content (`Any`):
+            The result as `--json` prints it; numbers that JSON has no word for become null.
+        shown (`RenderableType`):
+            The result as it is printed otherwise: a string, or anything that rich renders.
+        indent (`int`, *optional*, defaults to `2`):
+            Of the JSON; `None` for an object a line.
+    """
+    if _settings["json"]:
+        print(json.dumps(_finite(content), indent=indent, ensure_ascii=False, default=str))
+    elif isinstance(shown, str):
+        print(visible(shown))
+    else:
+        _console(sys.stdout).print(shown)
+
+
+def visible(text: str) -> str:
+    """A text without control characters, which would steer the terminal that shows it."""
+    return _CONTROL.sub(" ", text)
+
+
+def _print_labelled(label: str, style: str, text: str) -> None:
+    text = visible(text)
+    if not sys.stderr.isatty():
+        print(label, text, file=sys.stderr)
+        return
+    from rich.text import Text
+
+    _console(sys.stderr).print(Text.assemble((label, style), " ", text), soft_wrap=True)
+
+
+def _console(file: TextIO):
+    from rich.console import Console
+
+    # In a file or a pipe nothing is folded.
+    return Console(file=file, highlight=False, markup=False, emoji=False, width=None if file.isatty() else 1000)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {str(name): _finite(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content

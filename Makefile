@@ -12,13 +12,14 @@ OUT ?= runs/$@
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install quickstart quickstart-dense test test-slow test-vllm style quality
+.PHONY: help install quickstart quickstart-dense test test-slow test-vllm docs style quality
 
 help:
 	@echo "make quickstart   train a tiny policy and watch retrieval improve (about 4 minutes on 2 cores)"
 	@echo "make quickstart-dense   the same for a dense retriever (about 9 minutes)"
 	@echo "make test         run the tests; make test-slow runs the long ones"
 	@echo "make test-vllm    run the tests of training and augmenting with vLLM, on the CPU, in .venv-vllm (4 GB)"
+	@echo "make docs         build the documentation into site/"
 	@echo "make style        format the code; make quality checks it"
 
 install: $(INSTALLED)
@@ -37,6 +38,7 @@ quickstart quickstart-dense: $(INSTALLED)
 	@$(BIN)/accelerate launch --config_file recipes/accelerate_configs/single.yaml --num_cpu_threads_per_process 2 scripts/train.py \
 		--config recipes/$@.yaml --model_name_or_path $(OUT)/untrained --output_dir $(OUT)/trained --seed $(SEED) $(ENCODER)
 	@$(BIN)/python scripts/quickstart_report.py --output_dir $(OUT)
+	@$(BIN)/coaug report $(OUT)/trained --evaluations $(OUT)/evaluations --augmentations $(OUT)/augmentations --output $(OUT)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
@@ -53,10 +55,13 @@ $(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt
 test-vllm: $(VLLM_INSTALLED)
 	VLLM_CPU_CI_ENV=1 $(VLLM_VENV)/bin/python -m pytest tests/with_vllm tests/test_engines.py
 
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 style: $(INSTALLED)
-	$(BIN)/ruff check --fix coaug_trl scripts tests
-	$(BIN)/ruff format coaug_trl scripts tests
+	$(BIN)/ruff check --fix coaug_trl docs/hooks.py notebooks scripts tests
+	$(BIN)/ruff format coaug_trl docs/hooks.py notebooks scripts tests
 
 quality: $(INSTALLED)
-	$(BIN)/ruff check coaug_trl scripts tests
-	$(BIN)/ruff format --check coaug_trl scripts tests
+	$(BIN)/ruff check coaug_trl docs/hooks.py notebooks scripts tests
+	$(BIN)/ruff format --check coaug_trl docs/hooks.py notebooks scripts tests

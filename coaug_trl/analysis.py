@@ -352,6 +352,7 @@ def generate_rewards(arguments: list[str]) -> dict[tuple[int, str, str], list[fl
     script_args, training_args, model_args = parse_arguments(arguments)
     training_args.eval_strategy = "no"
     training_args.push_to_hub = False
+    training_args.report_to = []
     with tempfile.TemporaryDirectory() as folder:
         training_args.output_dir = folder
         trainer = make_trainer(script_args, training_args, model_args)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pyarrow import parquet
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import Collection, Document
 from .engines import (
@@ -28,16 +29,18 @@ from .engines import (
 )
 from .errors import InputError
 from .files import write_json, write_jsonl
-from .policy import GenerationSettings, PolicySettings, folder_hash, package_versions
-from .prompts import PromptSet, document_text, extract_answer, has_answer
+from .hub import augmentations_folder, commit_of, policy_folder
+from .policy import GenerationSettings, PolicySettings, folder_hash, package_versions, retriever_differences
+from .prompts import PromptSet, answer_so_far, document_text, extract_answer, has_answer
 from .store import AnswerStore
 
 
 MANIFEST = "manifest.json"
 SIDES = ("query", "document")
 FILES = {"query": "queries.jsonl", "document": "documents.jsonl"}
-# What must agree for answers to be used together: resuming, and queries beside documents.
-_IDENTITY = ("model", "revision", "prompt_hash", "generation", "collection")
+# What must agree for answers to be used together: resuming, and queries beside documents. The model is known by its
+# revision, the fingerprint of its weights, wherever they lie; by its name only where there is no revision.
+_IDENTITY = ("revision", "prompt_hash", "generation", "collection")
 _ANSWER_KEYS = ("_id", "augmentation", "complete")
 # A shard is written when it has so many answers, or is so old: what a killed process loses.
 SHARD_TEXTS, SHARD_SECONDS = 256, 60
@@ -189,7 +192,7 @@ class Augmenter:
         self.name = name or model.name_or_path
         self.revision = revision
         self.throughput: dict[str, Throughput] = {}
-        made_with = (self.name, revision, settings.prompt_set.hash, asdict(settings.generation))
+        made_with = (revision or self.name, settings.prompt_set.hash, asdict(settings.generation))
         self._made_with = json.dumps(made_with).encode()
 
     @classmethod
@@ -212,8 +215,8 @@ class Augmenter:
 
         Args:
             model_name_or_path (`str`):
-                A folder or Hub id: a policy trained here, which brings its settings, or any causal language model. A
-                folder may hold a LoRA adapter.
+                A folder or Hub id: a trained policy, which brings its settings, or any causal language model. Both may
+                be LoRA adapters.
             prompt_set ([`~coaug_trl.PromptSet`], *optional*):
                 Prompts for a model that was not trained here; defaults to the package's for sparse retrievers.
             generation ([`~coaug_trl.policy.GenerationSettings`], *optional*):
@@ -240,10 +243,13 @@ class Augmenter:
                 cannot be started.
         """
         _check_batch_size(batch_size)
-        settings = _settings_for(model_name_or_path, prompt_set, generation)
+        source = policy_folder(model_name_or_path, revision)
+        settings = _settings_for(model_name_or_path, PolicySettings.load(source), prompt_set, generation)
+        if source != model_name_or_path:
+            revision = None  # the folder is that of the revision
         kwargs = {"revision": revision, "trust_remote_code": trust_remote_code}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
         except (OSError, ValueError) as error:  # ValueError: a folder without a model, or with an unknown one
             raise InputError(f"{model_name_or_path}: no model could be loaded from there: {error}") from None
         _prepare(tokenizer)
@@ -254,14 +260,12 @@ class Augmenter:
                 settings, tokenizer
             )
             memory = {"gpu_memory_utilization": gpu_memory_utilization}
-            model = VLLMEngine(
-                model_name_or_path, tokenizer, longest, settings.generation, dtype=dtype, **memory, **kwargs
-            )
+            model = VLLMEngine(source, tokenizer, longest, settings.generation, dtype=dtype, **memory, **kwargs)
         elif engine == "transformers":
-            model = TransformersEngine.load(model_name_or_path, tokenizer, batch_size, dtype=dtype, **kwargs)
+            model = TransformersEngine.load(source, tokenizer, batch_size, dtype=dtype, **kwargs)
         else:
             raise InputError(f"There is no engine {engine!r}; use {' or '.join(ENGINES)}.")
-        revision = _revision_of(model_name_or_path, revision, trust_remote_code)
+        revision = _revision_of(source, revision)
         return cls(
             model, tokenizer, settings, batch_size, name=os.path.normpath(model_name_or_path), revision=revision
         )
@@ -282,6 +286,26 @@ class Augmenter:
         answered = self._augment(side, enumerate(texts))
         augmentations = {place: augmentation for place, augmentation, _ in answered}
         return [augmentations[place] for place in range(len(texts))]
+
+    def stream(self, side: str, text: str) -> Iterator[str]:
+        """
+        Augments one text for someone who reads along; with transformers only.
+
+        Args:
+            side (`str`):
+                As in [`generate`].
+            text (`str`):
+                Likewise.
+
+        Returns:
+            `Iterator[str]`: the answer as far as it is written, after every token; the last one is the answer that
+            [`generate`] gives, which is empty if it was not completed.
+        """
+        ((_, prompt),) = self._prompts(side, [(None, text)])
+        with contextlib.closing(self.engine.stream(prompt, self.settings.generation)) as completions:
+            for completion in completions:
+                yield answer_so_far(completion)
+        yield extract_answer(completion)
 
     def _augment(
         self, side: str, texts: Iterable[tuple[Any, str]], temperature: float = 0.0, seed: int = 0
@@ -434,7 +458,7 @@ class Augmenter:
         previous = read_manifest(output_dir)
         if previous is not None:
             _refuse_mixture(output_dir, previous, manifest)
-            manifest["sides"] = previous["sides"]
+            manifest["model"], manifest["sides"] = previous["model"], previous["sides"]
             manifest["engines"] = sorted({*previous.get("engines", []), *manifest["engines"]})
         for side in sides:
             for suffix in (".texts.jsonl", ".partial.jsonl"):
@@ -551,7 +575,7 @@ class Augmenter:
             if side == "query":  # those of other splits stay; a document that has left the corpus goes
                 yield from (count(row) for row in others if row["_id"] not in written)
 
-        others = list(_read_rows(path)) if side == "query" else []
+        others = list(read_rows(path)) if side == "query" else []
         write_jsonl(path, rows())
         return counts | ({"retried": retried} if retried["texts"] else {})
 
@@ -628,23 +652,21 @@ class AugmentedCollection:
     @classmethod
     def load(cls, folder: str | Path, sides: Iterable[str] = SIDES) -> "AugmentedCollection":
         """
-        Reads a folder of augmentations.
+        Reads a folder of augmentations, or a dataset on the Hub that `coaug push` made of one.
 
         Raises:
             `InputError`: The folder holds no finished augmentations of any of `sides`, has begun one and not finished
                 it, or a file is damaged or was changed.
         """
-        folder = Path(folder)
+        name, folder = folder, augmentations_folder(folder)
         manifest = read_manifest(folder)
         if manifest is None:
-            raise InputError(
-                f"{folder}: no augmentations there ({MANIFEST} is missing); make them with coaug augment."
-            )
+            raise InputError(f"{name}: no augmentations there ({MANIFEST} is missing); make them with coaug augment.")
         answers = {}
         for side in sides:
             path = folder / FILES[side]
-            if path.is_file():
-                answers[side] = {row["_id"]: row["augmentation"] for row in _read_rows(path)}
+            if path.is_file() or path.with_suffix("").is_dir():
+                answers[side] = {row["_id"]: row["augmentation"] for row in read_rows(path)}
             elif path.with_suffix(".shards").is_dir() or path.with_suffix(".partial.jsonl").is_file():
                 raise InputError(f"{path} was begun but not finished; run coaug augment again to go on.")
         if not answers:
@@ -660,10 +682,11 @@ class AugmentedCollection:
 
     def check(self, collection: Collection, prompt_set: PromptSet, retriever: dict[str, Any]) -> None:
         """Raises an `InputError` if training with these could not have made such augmentations."""
+        theirs = self.manifest["retriever"]  # an untrained policy names none
         differences = {
             "collection": (self.manifest["collection"], collection.name),
             "prompt set": (self.manifest["prompt_hash"], prompt_set.hash),
-            "retriever": (self.manifest["retriever"] or retriever, retriever),  # an untrained policy names none
+            "retriever": (theirs if theirs and retriever_differences(theirs, retriever) else retriever, retriever),
         }
         for what, (theirs, ours) in differences.items():
             if theirs != ours:
@@ -728,15 +751,17 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error}); restore it, or augment again into another folder.") from None
-    if not isinstance(manifest, dict) or not manifest.keys() >= {*_IDENTITY, "retriever", "sides"}:
+    if not isinstance(manifest, dict) or not manifest.keys() >= {"model", *_IDENTITY, "retriever", "sides"}:
         raise InputError(f"{path}: not the manifest of augmentations; choose another folder.")
     return manifest
 
 
 def _settings_for(
-    model_name_or_path: str, prompt_set: PromptSet | None, generation: GenerationSettings | None
+    model_name_or_path: str,
+    trained: PolicySettings | None,
+    prompt_set: PromptSet | None,
+    generation: GenerationSettings | None,
 ) -> PolicySettings:
-    trained = PolicySettings.load(model_name_or_path) if Path(model_name_or_path).is_dir() else None
     if trained is None:
         return PolicySettings(prompt_set or PromptSet.default("sparse"), generation or GenerationSettings())
     if prompt_set is not None and prompt_set.hash != trained.prompt_set.hash:
@@ -753,7 +778,7 @@ def _settings_for(
 
 
 def _refuse_mixture(folder: Path, previous: dict[str, Any], manifest: dict[str, Any]) -> None:
-    for key in _IDENTITY:
+    for key in _IDENTITY if manifest["revision"] else ("model", *_IDENTITY):
         if previous.get(key) != manifest[key]:
             raise InputError(
                 f"{folder} holds augmentations with {key} {previous.get(key)!r}, and these would have "
@@ -761,9 +786,11 @@ def _refuse_mixture(folder: Path, previous: dict[str, Any], manifest: dict[str, 
             )
 
 
-def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file of answers; none if there is no such file."""
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file of answers, which is a folder of Parquet files on the Hub; none if there is neither."""
     if not path.is_file():
+        for part in sorted(path.with_suffix("").glob("*.parquet")):
+            yield from parquet.read_table(part, columns=list(_ANSWER_KEYS)).to_pylist()
         return
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -780,10 +807,9 @@ def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _revision_of(model_name_or_path: str, revision: str | None, trust_remote_code: bool) -> str | None:
+def _revision_of(model_name_or_path: str, revision: str | None) -> str | None:
     """Fingerprint of a folder's weights, or the commit of a model on the Hub."""
     if Path(model_name_or_path).is_dir():
         # Where a server has the weights, the folder may hold the tokenizer only.
         return folder_hash(model_name_or_path) or revision
-    config = AutoConfig.from_pretrained(model_name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-    return getattr(config, "_commit_hash", None) or revision
+    return commit_of(model_name_or_path, revision) or revision

@@ -23,7 +23,8 @@ from .evaluation import (
     save_evaluation,
 )
 from .files import atomic_open
-from .policy import GenerationSettings, PolicySettings
+from .hub import policy_folder
+from .policy import GenerationSettings, PolicySettings, retriever_differences
 from .prompts import PromptSet
 from .retrieval import Retriever
 from .retrieval.rm3 import RM3
@@ -128,8 +129,8 @@ def run_baselines(
         model (`str`, *optional*):
             Folder or Hub id of the language model that all prompts are given to.
         policy (`str`, *optional*):
-            Folder of a policy trained here, for the system `trained`. The untrained model is then given the policy's
-            prompts, so that training is all they differ in.
+            Folder or Hub id of a trained policy, for the system `trained`. The untrained model is then given the
+            policy's prompts, so that training is all they differ in.
         generation ([`~coaug_trl.policy.GenerationSettings`], *optional*):
             Generation settings of the model; the policy has its own, which the untrained systems share if none are
             given.
@@ -212,19 +213,22 @@ def choose_systems(
     if "trained" in systems:
         trained = _settings_of(policy)
         if trained is None:
-            raise InputError(f"{policy} is no folder of a policy trained here; give one that coaug train has written.")
+            raise InputError(
+                f"{policy} is no folder of a policy trained here, and no policy on the Hub; give one that coaug train "
+                "has written."
+            )
         if trained.prompt_set.kind != retriever.kind:
             raise InputError(
                 f"{policy} has prompts for {trained.prompt_set.kind} retrievers, and this one is {retriever.kind}."
             )
-        if trained.retriever and trained.retriever != retriever.config:
+        if trained.retriever and retriever_differences(trained.retriever, retriever.config):
             raise InputError(f"{policy} was trained for {trained.retriever}, not for {retriever.config}.")
         systems["trained"] = systems["trained"]._replace(sides=trained.sides)
     return systems
 
 
 def _settings_of(model: str) -> PolicySettings | None:
-    return PolicySettings.load(model) if Path(model).is_dir() else None
+    return PolicySettings.load(policy_folder(model))
 
 
 def prompt_set_of(name: str, kind: str) -> PromptSet:

@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     from . import commands
 
     return run_command(
-        lambda: getattr(commands, options.run)(options), resumes=options.run in ("augment", "baselines")
+        lambda: getattr(commands, options.run)(options), resumes=options.run in ("augment", "baselines", "push")
     )
 
 
@@ -132,13 +132,16 @@ def _parser() -> argparse.ArgumentParser:
     index = commands.add_parser("index", help="index a collection, with or without augmentations, to search it")
     _add_collection(index, None)
     _add_retriever(index)
-    index.add_argument("--augmentations", metavar="DIR", help="folder made by coaug augment; default: none")
+    index.add_argument(
+        "--augmentations", metavar="DIR", help="made by coaug augment: a folder or a Hub id; default: none"
+    )
     index.add_argument("--output", required=True, metavar="DIR", help="folder of the index")
     _add_output(index)
     index.set_defaults(run="index")
 
     search = commands.add_parser("search", help="search an index, with or without a policy that augments the queries")
-    search.add_argument("--index", required=True, metavar="DIR", help="folder made by coaug index")
+    search.add_argument("--index", required=True, metavar="DIR", help="folder made by coaug index, or a Hub id")
+    search.add_argument("--revision", help="revision of the index on the Hub")
     search.add_argument("--model", help="policy that augments the queries: a folder or a Hub id; default: none")
     search.add_argument("--k", type=int, default=10, help="hits for a query; default: 10")
     _add_output(search, "print a JSON object for each query, a line each")
@@ -151,7 +154,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="retrieve and measure, with or without augmentations")
     _add_collection(evaluate, "test")
     _add_retriever(evaluate)
-    evaluate.add_argument("--augmentations", metavar="DIR", help="folder made by coaug augment; default: none")
+    evaluate.add_argument(
+        "--augmentations", metavar="DIR", help="made by coaug augment: a folder or a Hub id; default: none"
+    )
     evaluate.add_argument("--side", choices=["query", "document", "both"], default="both", help="side to augment")
     _add_run(evaluate)
     evaluate.add_argument("--output", required=True, metavar="DIR", help="folder of the evaluation")
@@ -169,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_collection(baselines, "test")
     baselines.add_argument("--model", help="language model of all prompts: a folder or a Hub id")
     baselines.add_argument("--revision", help="revision of the model on the Hub")
-    baselines.add_argument("--policy", metavar="RUN", help="folder of a trained policy, the system trained")
+    baselines.add_argument("--policy", metavar="RUN", help="trained policy, the system trained: a folder or a Hub id")
     baselines.add_argument("--only", nargs="+", default=[], metavar="NAME", help="systems to run; default: all")
     _add_retriever(baselines)
     baselines.add_argument("--max_new_tokens", type=int, help="longest answer of the model, in tokens; default: 512")
@@ -189,6 +194,79 @@ def _parser() -> argparse.ArgumentParser:
     _add_format(compare)
     _add_output(compare)
     compare.set_defaults(run="compare")
+
+    push = commands.add_parser(
+        "push",
+        help="publish a run, augmentations or an index on the Hugging Face Hub",
+        description="Publishes FOLDER as what it holds: a trained policy (a model), augmentations (a dataset) or an "
+        "index (a model, as bm25s has them), with a card, and without checkpoints, pickles and paths of this machine. "
+        "The same command goes on after a failure, and updates what is there.",
+    )
+    push.add_argument("folder", metavar="FOLDER", help="output_dir of a training, or what augment or index made")
+    push.add_argument("--repo_id", metavar="USER/NAME", help="repository, made if it is not there")
+    push.add_argument("--private", action="store_true", help="nobody else may see the repository")
+    push.add_argument("--revision", metavar="BRANCH", help="branch, made if it is not there; default: main")
+    push.add_argument(
+        "--evaluations", nargs="+", default=[], metavar="DIR", help="of a run: evaluations that are not beneath it"
+    )
+    push.add_argument("--collection", help="of augmentations: their collection, whose texts are published with them")
+    push.add_argument("--split", default="test", help="its split; default: test")
+    push.add_argument("--space", metavar="DIR", help="of an index: write a Space that searches it, and push that")
+    push.add_argument("--model", help="of a Space: policy that augments the queries, a folder or a Hub id")
+    push.add_argument("--commit_message", default="Upload by coaug push", help="default: Upload by coaug push")
+    push.add_argument("--dry_run", action="store_true", help="list the files and print the card, without the Hub")
+    _add_output(push)
+    push.set_defaults(run="push")
+
+    report = commands.add_parser(
+        "report",
+        help="write what a run was, what happened in it and what came of it as a page",
+        description="Writes report.html, one self-contained page, and report.md with the same numbers: what was "
+        "trained, training curves, evaluations and their significance, queries that gained and lost, the words of "
+        "queries and documents, case studies, and cost. What the run lacks is left out, with the command that makes "
+        "it.",
+    )
+    report.add_argument("run_dir", metavar="RUN", help="output_dir of a training")
+    report.add_argument(
+        "--evaluations",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="evaluation folders, or folders of them; default: those beneath RUN, which are always taken",
+    )
+    report.add_argument(
+        "--augmentations",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="folders made by coaug augment, or folders of them; default: as for --evaluations",
+    )
+    report.add_argument(
+        "--collection", help="where the collection is, for the words of its texts; default: its name, if not a folder's"
+    )
+    report.add_argument("--output", metavar="DIR", help="where to write; default: RUN")
+    _add_output(report)
+    report.set_defaults(run="report")
+
+    demo = commands.add_parser(
+        "demo",
+        help="serve a page that searches an index with and without augmentation",
+        description="Serves a web page: what a query finds as it is on the documents as they are, beside what it finds "
+        "augmented on the index. Nothing is sent anywhere. Ctrl-C ends it.",
+    )
+    demo.add_argument("--index", required=True, metavar="DIR", help="folder made by coaug index, or its Hub id")
+    demo.add_argument("--model", help="policy that augments the queries: a folder or a Hub id; default: none")
+    demo.add_argument("--collection", help="the collection that is indexed, for its judged queries; default: none")
+    demo.add_argument("--split", default="test", help="split of the judged queries; default: test")
+    demo.add_argument(
+        "--plain_index",
+        metavar="DIR",
+        help="index of the documents as they are; default: for BM25 one built in memory, for dense none",
+    )
+    demo.add_argument("--host", default="127.0.0.1", help="address to serve at; default: 127.0.0.1, this machine only")
+    demo.add_argument("--port", type=int, default=7860, help="default: 7860")
+    _add_output(demo, "print the address as a JSON object")
+    demo.set_defaults(run="demo")
 
     _add_analyze(commands.add_parser("analyze", help="the analyses of the paper: words, advantages, sampled rewards"))
     return parser

@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .augment import AugmentedCollection
     from .compare import Comparison, Table
     from .data import Collection
+    from .hub import Upload
     from .policy import GenerationSettings
     from .retrieval import Retriever
     from .search import Timing
@@ -32,6 +34,7 @@ def augment(options: argparse.Namespace) -> None:
     from .augment import MANIFEST, Augmenter, describe_side
     from .data import Collection
     from .engines import best_engine, num_processes, process_index
+    from .hub import policy_folder
     from .policy import PolicySettings
     from .prompts import PromptSet
 
@@ -43,7 +46,7 @@ def augment(options: argparse.Namespace) -> None:
     collection = Collection.load(options.collection, options.split, stream=True)
     if main:
         say(collection.summary())
-    trained = PolicySettings.load(options.model) if Path(options.model).is_dir() else None
+    trained = PolicySettings.load(policy_folder(options.model, options.revision))
     prompt_set = PromptSet.load(options.prompt_set) if options.prompt_set else None
     generation = _generation(options)
     if trained is None:
@@ -126,7 +129,7 @@ def search(options: argparse.Namespace) -> None:
     from .search import SearchIndex
 
     start = time.perf_counter()
-    index = SearchIndex.load(options.index)
+    index = SearchIndex.load(options.index, options.revision)
     augmenter = index.augmenter(options.model) if options.model else None
     if options.timing:
         index.search(options.queries[:1], options.k, augmenter)  # the first one loads what the others find loaded
@@ -271,6 +274,7 @@ def _augmented_and_retriever(
 
 def _retriever(options: argparse.Namespace, trained_with: dict[str, Any], policy: str) -> "Retriever":
     """The retriever of the options; refused where it is not the one that the policy was trained with."""
+    from .policy import retriever_differences
     from .retrieval import make_retriever
 
     given = {
@@ -278,9 +282,9 @@ def _retriever(options: argparse.Namespace, trained_with: dict[str, Any], policy
         for name, option in (*((name, name) for name in ("fields", "k1", "b", "language")), ("model", "encoder"))
         if getattr(options, option) is not None
     }
-    # What the policy was trained for is the default, and nothing else is accepted.
+    # What the policy was trained for is the default, and nothing else is accepted, but for where its encoder lies.
     settings = {"retriever": options.retriever} | trained_with | given
-    if trained_with and settings != trained_with:
+    if trained_with and retriever_differences(trained_with, settings):
         raise InputError(
             f"{policy} trained for {trained_with}, not for {settings}; "
             "leave the retriever's settings out, or augment with an untrained model."
@@ -299,13 +303,14 @@ def baselines(options: argparse.Namespace) -> None:
     from .baselines import COMPARISON_FILE, choose_systems, run_baselines
     from .data import Collection
     from .evaluation import MEASURES, parse_measures
+    from .hub import policy_folder
     from .policy import PolicySettings
     from .retrieval.base import check_depth
 
     measures = parse_measures(options.measures or MEASURES)
     check_depth(options.k)
     generation = _generation(options)
-    trained = PolicySettings.load(options.policy) if options.policy and Path(options.policy).is_dir() else None
+    trained = PolicySettings.load(policy_folder(options.policy)) if options.policy else None
     retriever = _retriever(options, trained.retriever if trained else {}, f"{options.policy} is a policy")
     systems = choose_systems(retriever, options.model, options.policy, options.only)
     collection = Collection.load(options.collection, options.split)
@@ -331,6 +336,71 @@ def baselines(options: argparse.Namespace) -> None:
         say(f"all pairs, measures and examples: {Path(options.output) / COMPARISON_FILE}")
 
 
+def push(options: argparse.Namespace) -> None:
+    from .publish import prepare
+
+    if options.space:
+        _push_space(options)
+        return
+    if options.model:
+        raise InputError("--model is for a Space; give --space, or leave it out.")
+    if options.repo_id is None:
+        raise InputError("--repo_id is missing; give the repository to publish to, as USER/NAME.")
+    upload = prepare(options.folder, options.repo_id, options.evaluations, options.collection, options.split)
+    _push_upload(upload, options)
+
+
+def _push_space(options: argparse.Namespace) -> None:
+    """Writes a Space, of a dry run into a folder that goes away, and pushes it if it is to go anywhere."""
+    from tempfile import TemporaryDirectory
+
+    from .demo import JudgedQueries
+    from .hub import check_repo_id
+    from .publish import prepare_space
+    from .search import SearchIndex
+    from .space import write_space
+
+    if options.repo_id:
+        check_repo_id(options.repo_id)  # rather now than after the work
+    judged = None
+    if options.collection:
+        judged = JudgedQueries.load(options.collection, options.split, SearchIndex.load(options.folder))
+    with TemporaryDirectory() as temporary:
+        folder = temporary if options.dry_run else options.space
+        paths = write_space(folder, options.folder, options.model, judged)
+        if options.repo_id or options.dry_run:
+            _push_upload(prepare_space(folder), options)
+        else:
+            show(
+                {"folder": options.space, "files": len(paths)},
+                f"{len(paths)} files in {options.space}; try them by python {Path(options.space) / 'app.py'}",
+            )
+
+
+def _push_upload(upload: "Upload", options: argparse.Namespace) -> None:
+    """Uploads, or shows what would be uploaded."""
+    from .hub import push as push_to_hub
+
+    for line in upload.notes:
+        note(line)
+    sizes, page = upload.sizes, str(upload.card or "")
+    total = f"{len(sizes)} files, {_bytes(sum(sizes.values()))}"
+    content = {"repo_id": options.repo_id, "repo_type": upload.repo_type, "files": sizes}
+    if options.dry_run:
+        files = "\n".join(f"{_bytes(size):>10}  {name}" for name, size in sorted(sizes.items()))
+        where = f", to the {upload.repo_type} {options.repo_id}" if options.repo_id else ""
+        show(content | {"card": page}, f"{files}\n{total}{where}; nothing was uploaded\n\n{page}".rstrip())
+        return
+    commit = push_to_hub(upload, options.repo_id, options.private or None, options.revision, options.commit_message)
+    show(content | {"url": str(commit.repo_url), "commit": commit.oid}, f"{total}: {commit.repo_url}")
+
+
+def _bytes(size: int) -> str:
+    if size < 1000:
+        return f"{size} B"
+    return f"{size / 1e3:.1f} kB" if size < 1e6 else f"{size / 1e6:,.1f} MB"
+
+
 def compare(options: argparse.Namespace) -> None:
     from .compare import compare_folders
 
@@ -342,6 +412,34 @@ def compare(options: argparse.Namespace) -> None:
 def _note_all(comparison: "Comparison") -> None:
     for text in comparison.notes:
         note(text)
+
+
+def report(options: argparse.Namespace) -> None:
+    from .pages import save_report
+    from .report import make_report
+
+    made = make_report(options.run_dir, options.evaluations, options.augmentations, options.collection)
+    paths = list(map(str, save_report(made, options.output or options.run_dir)))
+    for text in made.notes:
+        note(text)
+    lines = [*made.headline, *(f"{hint.text} {hint.command}" for hint in made.hints), ", ".join(paths)]
+    show({"headline": made.headline, "files": paths}, "\n".join(lines))
+
+
+def demo(options: argparse.Namespace) -> None:
+    from .demo import Demo, JudgedQueries, check_address, import_gradio
+    from .search import SearchIndex
+
+    check_address(options.host, options.port)
+    import_gradio()  # rather now than after the loading
+    index = SearchIndex.load(options.index)
+    judged = JudgedQueries.load(options.collection, options.split, index) if options.collection else None
+    page = Demo.load(index, options.model, judged, options.plain_index)
+    address = page.start(options.host, options.port)
+    show({"url": address}, address)
+    say("Ctrl-C ends the demo.")
+    sys.stdout.flush()  # into a pipe, too, before the long wait
+    page.wait()
 
 
 def analyze_alignment(options: argparse.Namespace) -> None:

@@ -280,6 +280,13 @@ def compare_folders(folders: Sequence[str | Path], measures: Iterable[str] | Non
             ours, theirs = (each.manifest.get(setting) for each in (first, evaluation))
             if None not in (ours, theirs) and ours != theirs:
                 notes.append(f"{setting} is {ours} in {folders[0]} and {theirs} in {folder}: they are not alike")
+        ours, theirs = first.manifest["retriever"], evaluation.manifest["retriever"]
+        differing = [name for name in ours if name in theirs and ours[name] != theirs[name]]
+        if differing:
+            notes.append(
+                f"the retrievers differ: {', '.join(f'{name} is {ours[name]} and {theirs[name]}' for name in differing)} in "
+                f"{folders[0]} and {folder}"
+            )
         if evaluation.per_query.keys() != first.per_query.keys():
             example = sorted(evaluation.per_query.keys() ^ first.per_query.keys())[0]
             has, lacks = (folders[0], folder) if example in first.per_query else (folder, folders[0])

@@ -3,6 +3,8 @@
 import math
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
@@ -97,8 +99,10 @@ class CoAugConfig(GRPOConfig):
 
     > Defaults of GRPOConfig that differ: `num_generations=5`, `temperature=1.2`, `repetition_penalty=1.2`,
     > `scale_rewards="none"` (advantages are normalised here), `vllm_importance_sampling_correction=False`,
-    > `num_generations_eval=1` (dev evaluation is greedy), `bf16` only on a GPU that supports it, and
-    > `metric_for_best_model` is `eval_nDCG@` of `ndcg_k` where the best checkpoint is asked for.
+    > `num_generations_eval=1` (dev evaluation is greedy), `bf16` only on a GPU that supports it,
+    > `metric_for_best_model` is `eval_nDCG@` of `ndcg_k` where the best checkpoint is asked for, `project="coaug"`,
+    > `run_name` is the last part of `output_dir`, and `trackio_static_space_id=False`, so that curves stay on this
+    > machine when the model is pushed.
 
     Raises:
         `ValueError`: A field has a value that cannot work, or that would train on nothing. The message names the
@@ -125,6 +129,10 @@ class CoAugConfig(GRPOConfig):
             "help": "TRL's correction for the difference between vLLM's and the trainer's log-probabilities. Off, "
             "because with a repetition penalty it takes the penalty for such a difference and trains on nothing."
         },
+    )
+    project: str = field(default="coaug", metadata={"help": "Project of the run in Trackio."})
+    trackio_static_space_id: str | None | Literal[False] = field(
+        default=False, metadata={"help": "Space that gets the curves when the model is pushed; default: none does."}
     )
     queries_per_group: int = field(default=1, metadata={"help": "Queries in a composite group."})
     group_size: int = field(default=16, metadata={"help": "Texts in a composite group, queries and documents."})
@@ -227,6 +235,8 @@ class CoAugConfig(GRPOConfig):
         if self.bf16 is None:  # GRPOConfig would take it for granted, and not construct where there is no such GPU
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
+        if self.run_name is None:  # a run that goes on is found by its name
+            self.run_name = Path(self.output_dir).resolve().name
         if self.world_size != num_processes:
             raise ValueError(
                 f"{num_processes} processes were launched, but each would train alone: there is no GPU for them and "
@@ -300,6 +310,11 @@ class CoAugConfig(GRPOConfig):
         if len(ranks) != 2 or not all(isinstance(rank, int) for rank in ranks) or not 1 <= ranks[0] <= ranks[1]:
             raise ValueError(
                 f"hard_negative_ranks is {ranks}; use a first and a last rank, counted from 1, such as 10 100."
+            )
+        if self.hub_strategy in ("checkpoint", "all_checkpoints"):
+            raise ValueError(
+                f"hub_strategy is {str(self.hub_strategy)!r}, which would push the optimizer's state, a pickle; set "
+                "hub_strategy to 'every_save' or 'end', and keep output_dir to resume."
             )
         if self.augmentations is not None and (self.candidate_pool != "corpus" or self.augment == "query"):
             raise ValueError(

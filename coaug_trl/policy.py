@@ -117,10 +117,37 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def retriever_differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """
+    The settings in which two retrievers' configurations differ.
+
+    An encoder is known by the fingerprint of its weights, where both have one: its folder may have another name on
+    another machine.
+
+    Args:
+        theirs (`dict[str, Any]`):
+            A [`~coaug_trl.retrieval.Retriever.config`].
+        ours (`dict[str, Any]`):
+            Another one.
+
+    Returns:
+        `list[str]`: names of settings, in the order of the first configuration; empty if they are the same retriever.
+    """
+    same_encoder = theirs.get("weights") is not None and theirs.get("weights") == ours.get("weights")
+    return [
+        name for name in theirs | ours if theirs.get(name) != ours.get(name) and not (name == "model" and same_encoder)
+    ]
+
+
 def folder_hash(folder: str | Path) -> str | None:
     """First 16 hexadecimal digits of a SHA-256 over the weights of a model folder, if there are any."""
     patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "adapter_config.json")
-    paths = sorted(path for pattern in patterns for path in Path(folder).glob(pattern))
+    paths = sorted(
+        path
+        for pattern in patterns
+        for path in Path(folder).glob(pattern)
+        if not path.name.startswith("rollouts_")  # of a checkpoint within a generation batch: no weights
+    )
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:

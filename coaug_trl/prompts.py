@@ -38,6 +38,20 @@ def extract_answer(completion: str) -> str:
     return answers[-1].strip() if answers else ""
 
 
+def answer_so_far(completion: str) -> str:
+    """
+    What can be shown of the answer of a completion that is still being written: the text after the last `<answer>`,
+    without the beginning of a tag or of a character.
+    """
+    answer, closed, _ = completion.rpartition("<answer>")[2].partition("</answer>")
+    if "<answer>" not in completion:
+        return ""
+    place = answer.rfind("<")
+    if not closed and place >= 0 and any(tag.startswith(answer[place:]) for tag in ("<answer>", "</answer>")):
+        answer = answer[:place]
+    return answer.rstrip("\ufffd").strip()
+
+
 def has_answer(completion: str) -> bool:
     """Whether a completion holds a complete `<answer>…</answer>`, be it empty."""
     return _ANSWER.search(completion) is not None
@@ -155,6 +169,10 @@ class PromptSet:
             if content[name] == rules[0]:
                 del content[name]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def differences(self, other: "PromptSet") -> list[str]:
+        """Names of the fields in which two prompt sets differ."""
+        return [field.name for field in fields(self) if getattr(self, field.name) != getattr(other, field.name)]
 
     @property
     def sides(self) -> tuple[str, ...]:

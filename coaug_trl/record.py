@@ -1,6 +1,7 @@
 """What a training run left in its folder, read for its card and its report."""
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum
@@ -22,8 +23,24 @@ TRAINING_FILE = "training.json"
 TRAINER_STATE = "trainer_state.json"
 # How deep evaluations may lie in a run's folder: runs/mine/baselines/rm3.
 DEPTH = 3
-# Of the machine rather than of the run.
-NOT_KEPT = ("deepspeed", "accelerator_config", "logging_nan_inf_filter", "run_name", "resume_from_checkpoint")
+# Of the machine rather than of the run, or following from other arguments.
+NOT_KEPT = (
+    "deepspeed",
+    "accelerator_config",
+    "logging_nan_inf_filter",
+    "run_name",
+    "resume_from_checkpoint",
+    "debug",
+    "do_eval",
+    "disable_tqdm",
+    "dataloader_pin_memory",
+    "report_to",
+    "generation_batch_size",
+    "steps_per_generation",
+    "gradient_accumulation_steps",
+)
+# Endings of names of folders, secrets and machines.
+PRIVATE = ("_dir", "token", "_url", "_host", "_port")
 
 
 @dataclass(frozen=True)
@@ -90,6 +107,24 @@ class RunRecord:
         return next((entry[name] for entry in reversed(self.history) if name in entry), None)
 
     @property
+    def num_completions(self) -> int | None:
+        """How many completions were generated in training; `None` for a run that does not say."""
+        if not self.history or "completions_per_batch" not in self.training:
+            return None
+        batches = math.ceil(self.history[-1]["step"] / self.training["steps_per_batch"])
+        return batches * self.training["completions_per_batch"]
+
+    @property
+    def step_seconds(self) -> float:
+        """
+        Wall-clock time of all optimizer steps with their generation, over interruptions; evaluations and saving are not
+        in it.
+        """
+        times = self.curve("step_time")
+        before = [0, *(step for step, _ in times)]
+        return sum(seconds * (step - last) for (step, seconds), last in zip(times, before, strict=False))
+
+    @property
     def adapter(self) -> bool:
         """Whether the run trained an adapter."""
         return (self.folder / "adapter_config.json").is_file()
@@ -137,12 +172,15 @@ def describe_training(
     """
     return {
         "base_model": base_model,
+        "base_model_is_folder": Path(base_model).is_dir(),
         "collection": train_collection.name,
         "train_split": train_collection.split,
         "eval_split": eval_collection.split if eval_collection else None,
         "num_documents": len(train_collection.corpus),
         "num_train_queries": len(train_collection.qrels),
         "num_train_judgments": sum(map(len, train_collection.qrels.values())),
+        "completions_per_batch": args.generation_batch_size,
+        "steps_per_batch": args.updates_per_batch * args.num_iterations,
         "num_processes": args.world_size,
         "device": device,
         "arguments": _changed_arguments(args),
@@ -155,7 +193,7 @@ def _changed_arguments(args: "CoAugConfig") -> dict[str, Any]:
         value = getattr(args, field.name)
         value = value.value if isinstance(value, Enum) else value
         default = field.default_factory() if field.default_factory is not MISSING else field.default
-        if value == default or field.name.endswith(("_dir", "token")) or field.name in NOT_KEPT:
+        if value == default or field.name.endswith(PRIVATE) or field.name in NOT_KEPT:
             continue
         if isinstance(value, (str, int, float, bool, list, tuple, dict)) or value is None:
             changed[field.name] = value
@@ -183,9 +221,9 @@ def load_record(folder: str | Path, evaluations: Iterable[str | Path] = ()) -> R
     settings = PolicySettings.load(folder) if folder.is_dir() else None
     if settings is None:
         raise InputError(f"{folder}: not the folder of a trained policy (it has no coaug.json); give its output_dir.")
-    found = dict.fromkeys(_find_evaluations(folder))
+    found = dict.fromkeys(find_evaluations(folder))
     for given in evaluations:
-        beneath = _find_evaluations(Path(given))
+        beneath = find_evaluations(Path(given))
         if not beneath:
             raise InputError(f"{given}: no finished evaluation is there; make one with coaug evaluate.")
         found |= dict.fromkeys(beneath)
@@ -193,11 +231,11 @@ def load_record(folder: str | Path, evaluations: Iterable[str | Path] = ()) -> R
     read = [_read_evaluation(path, identity) for path in {path.resolve(): path for path in found}.values()]
     order = {"none": 0, "other": 1, "policy": 2}
     read.sort(key=lambda each: (order[each.system], len(each.sides), str(each.folder)))
-    state = _read_object(folder / TRAINER_STATE)
-    return RunRecord(folder, settings, _read_object(folder / TRAINING_FILE), state.get("log_history", []), read)
+    state = read_object(folder / TRAINER_STATE)
+    return RunRecord(folder, settings, read_object(folder / TRAINING_FILE), state.get("log_history", []), read)
 
 
-def _find_evaluations(folder: Path) -> list[Path]:
+def find_evaluations(folder: Path) -> list[Path]:
     patterns = ["/".join(["*"] * depth + ["metrics.json"]) for depth in range(DEPTH + 1)]
     paths = [path.parent for pattern in patterns for path in folder.glob(pattern.removeprefix("/"))]
     return sorted(path for path in paths if (path / "run.trec").is_file() and (path / "manifest.json").is_file())
@@ -212,7 +250,7 @@ def _read_evaluation(folder: Path, identity: dict[str, Any]) -> Evaluated:
     return Evaluated(folder, evaluation, "other" if "rm3" in evaluation.manifest["retriever"] else "none")
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """A JSON object; an empty one if the file is not there."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ from .data import Collection
 from .errors import InputError
 from .evaluation import compose
 from .files import write_json, write_jsonl
-from .policy import GenerationSettings, PolicySettings, package_versions
+from .policy import GenerationSettings, PolicySettings, package_versions, retriever_differences
 from .prompts import PROMPT_SET_FILE, PromptSet
 from .retrieval import Retriever, load_retriever
 from .terminal import note
@@ -75,11 +75,19 @@ class SearchIndex:
             What is indexed: collection, retriever, manifest of the augmentations if there are any, versions.
         retriever ([`~coaug_trl.retrieval.Retriever`]):
             With the index.
+        hub_id (`str`, *optional*):
+            Where on the Hub it is from.
     """
 
     folder: Path
     manifest: dict[str, Any]
     retriever: Retriever
+    hub_id: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What messages call it: its id on the Hub, or its folder."""
+        return self.hub_id or str(self.folder)
 
     @classmethod
     def build(
@@ -132,19 +140,32 @@ class SearchIndex:
         return cls(folder, manifest, retriever)
 
     @classmethod
-    def load(cls, folder: str | Path) -> "SearchIndex":
+    def load(cls, name: str | Path, revision: str | None = None) -> "SearchIndex":
         """
         Reads an index that [`build`] made.
 
+        Args:
+            name (`str` or `Path`):
+                Its folder, or where `coaug push` put it on the Hub.
+            revision (`str`, *optional*):
+                Revision on the Hub.
+
+        Returns:
+            [`SearchIndex`]: the index.
+
         Raises:
-            `InputError`: There is no finished index in the folder, or a file is damaged.
+            `InputError`: There is no finished index, or a file is damaged.
         """
-        folder = Path(folder)
+        folder = Path(name)
+        if not folder.is_dir():
+            from .hub import index_folder  # a search of a local index starts faster without
+
+            folder = index_folder(name, revision)
         manifest = _read_manifest(folder)
         if not manifest.get("finished"):
             fault = "the index was begun but not finished" if "finished" in manifest else "there is no index"
-            raise InputError(f"{folder}: {fault}; make it with coaug index.")
-        return cls(folder, manifest, load_retriever(folder))
+            raise InputError(f"{name}: {fault}; make it with coaug index.")
+        return cls(folder, manifest, load_retriever(folder), hub_id=None if folder == Path(name) else str(name))
 
     def augmenter(self, model: str) -> "Augmenter":
         """
@@ -161,20 +182,19 @@ class SearchIndex:
             `InputError`: There is no such model, or its prompts or retriever are not those of the index.
         """
         from .augment import Augmenter
+        from .hub import policy_folder
 
         made_with = self.manifest["augmentations"]
-        trained = PolicySettings.load(model) if Path(model).is_dir() else None
+        trained = PolicySettings.load(policy_folder(model))
         if trained:
             prompt_set, generation = trained.prompt_set, trained.generation
-            if trained.retriever and trained.retriever != self.retriever.config:
-                theirs, ours = trained.retriever, self.retriever.config
+            theirs, ours = trained.retriever, self.retriever.config
+            if theirs and (names := retriever_differences(theirs, ours)):
                 differences = ", ".join(
-                    f"{name} is {theirs.get(name)} for the policy and {ours.get(name)} for the index"
-                    for name in theirs | ours
-                    if theirs.get(name) != ours.get(name)
+                    f"{name} is {theirs.get(name)} for the policy and {ours.get(name)} for the index" for name in names
                 )
                 raise InputError(
-                    f"The policy {model} and the index {self.folder} differ in their retriever: {differences}; "
+                    f"The policy {model} and the index {self.name} differ in their retriever: {differences}; "
                     "index the collection with the settings of the policy."
                 )
         elif made_with:
@@ -182,13 +202,15 @@ class SearchIndex:
         else:
             prompt_set, generation = PromptSet.default(self.retriever.kind), GenerationSettings()
         if made_with and prompt_set.hash != made_with["prompt_hash"]:
+            differences = ", ".join(prompt_set.differences(PromptSet.load(self.folder)))
             raise InputError(
-                f"{model} has the prompt set {prompt_set.hash}, but the documents of {self.folder} were "
-                f"augmented with {made_with['prompt_hash']}; augment and index the collection with this model."
+                f"{model} has the prompt set {prompt_set.hash}, but the documents of {self.name} were augmented with "
+                f"{made_with['prompt_hash']}; they differ in {differences}. Augment and index the collection with "
+                "this model."
             )
         if prompt_set.kind != self.retriever.kind:
             raise InputError(
-                f"{model} has prompts for {prompt_set.kind} retrievers, and the retriever of {self.folder} is "
+                f"{model} has prompts for {prompt_set.kind} retrievers, and the retriever of {self.name} is "
                 f"{self.retriever.kind}."
             )
         augmenter = Augmenter.from_pretrained(model, prompt_set, generation)

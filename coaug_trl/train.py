@@ -25,6 +25,7 @@ from .plan import print_plan
 from .prompts import PromptSet
 from .retrieval import Retriever, make_retriever
 from .terminal import is_quiet, say, show
+from .trackers import check_trackers
 from .trainer import CoAugTrainer
 
 
@@ -114,6 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     set_up_logging()
     script_args, training_args, model_args = parse_arguments(arguments)
+    check_trackers(training_args.report_to)
     given = given_checkpoint(training_args)
     if given:
         check_checkpoint(given)
@@ -147,17 +149,27 @@ def main(arguments: list[str] | None = None) -> None:
     # Save, evaluate on the dev split
     ###########
     with saving(training_args.output_dir, training_args.output_dir):
-        trainer.save_model(training_args.output_dir)
+        trainer.save_model(training_args.output_dir, _internal_call=True)  # it is pushed when it is evaluated
     if trainer.eval_collection is not None:
         evaluated = trainer.evaluate()
         metrics |= evaluated
         trainer.save_metrics("eval", evaluated)
+        trainer.save_state()  # with this evaluation, which the card shows
     if training_args.push_to_hub:
-        trainer.push_to_hub()
+        push(trainer)
     if trainer.is_world_process_zero():
         show(metrics | {"folder": training_args.output_dir}, describe_run(trainer.state.log_history, training_args))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # processes that leave without it may abort when all is done
+
+
+def push(trainer: CoAugTrainer) -> None:
+    """Pushes a run that has ended; what fails can be made up for without training again."""
+    try:
+        trainer.push_to_hub()
+    except InputError as error:
+        again = f"coaug push {trainer.args.output_dir} --repo_id {trainer.hub_model_id}"
+        raise InputError(f"The policy is trained and saved, but not pushed; {again} goes on. {error}") from error
 
 
 def describe_run(history: list[dict], args: CoAugConfig) -> str:

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from huggingface_hub import CommitInfo, HfApi
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, rotate_checkpoints
 from trl import GRPOTrainer
 
 from .augment import AugmentedCollection
@@ -45,15 +47,18 @@ from .guards import (
     refuse_not_finite_loss,
     refuse_not_finite_weights,
 )
+from .hub import CARD_FILE, check_access, explained, push
 from .interruption import StopOnSignal
 from .negatives import HARD_NEGATIVES_FILE, mine_hard_negatives
 from .policy import GenerationSettings, PolicySettings
 from .prompts import PromptSet, document_text, extract_answer
-from .record import TRAINING_FILE, describe_training
+from .publish import describe_run, prepare_run
+from .record import TRAINING_FILE, RunRecord, describe_training
 from .retrieval import Retriever
 from .rewards.extra import fail_together
 from .rewards.joint import Corpus, JointReward
 from .sampler_head import add_sampler_head
+from .trackers import tame_trackio, tracking
 
 
 logger = logging.getLogger(__name__)
@@ -182,6 +187,7 @@ class CoAugTrainer(GRPOTrainer):
         self.train_dataset = groups
         self._completions_per_group = args.rows_per_group * args.num_generations
         self.data_collator = GroupCollator(self._completions_per_group)
+        tame_trackio(self.callback_handler.callbacks)
         self._stop_on_signal = StopOnSignal()
         for callback in (CollapseGuard(args, self._metrics["train"]), RatioAlarm(), self._stop_on_signal):
             self.add_callback(callback)
@@ -332,6 +338,22 @@ class CoAugTrainer(GRPOTrainer):
             metrics[f"{text_type}/distinct_words"].append(len(set(spoken)) / max(len(spoken), 1))
             metrics[f"{text_type}/clipped_ratio"].append(clipped[chosen].float().mean().item())
 
+    # Trackers
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        with tracking(self):
+            return super().evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # Trackio would keep thousands of prompts a step among the curves, and its page would load them all. They are in
+        # the files of `log_completions`.
+        trackers = self.args.report_to
+        self.args.report_to = [name for name in trackers if name != "trackio"]
+        try:
+            super().log(logs, start_time)
+        finally:
+            self.args.report_to = trackers
+
     # Guards
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
@@ -397,7 +419,7 @@ class CoAugTrainer(GRPOTrainer):
         prompts = own_share(prompts)
         answers = []
         batch_size = self.args.per_device_eval_batch_size
-        with self._greedy_generation():
+        with tracking(self), self._greedy_generation():
             for first in tqdm(
                 range(0, len(prompts), batch_size),
                 desc=f"Augmenting {len(texts)} {'queries' if side == 'query' else 'documents'}",
@@ -534,13 +556,29 @@ class CoAugTrainer(GRPOTrainer):
         finally:
             self.args.save_total_limit = limit
         if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(folder))
+            self._push_checkpoint(folder)
         if self.args.should_save:
             rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
         self.accelerator.wait_for_everyone()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Not yet: the base class would push it before it is marked as whole."""
+        """Not yet, and not so: the base class would push it before it is marked as whole, and pickles with it."""
+
+    def _push_checkpoint(self, folder: Path) -> None:
+        """Pushes a checkpoint as a policy; a Hub that fails does not end a training."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        try:
+            push(
+                prepare_run(folder, self.hub_model_id),
+                self.hub_model_id,
+                revision=self.args.hub_revision,
+                commit_message=f"Training in progress, step {self.state.global_step}",
+                token=self.args.hub_token,
+            )
+        except InputError as error:
+            logger.warning(f"{folder} was not pushed: {error}")
 
     def _save_own_state(self, folder: Path) -> None:
         step = self._step % (self.args.steps_per_generation * self.num_iterations)
@@ -571,6 +609,91 @@ class CoAugTrainer(GRPOTrainer):
 
     def _rollouts_path(self, folder: Path) -> Path:
         return folder / f"rollouts_{self.accelerator.process_index}.safetensors"
+
+    # The Hub
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        token = token or self.args.hub_token
+        check_access(token)
+        with explained(self.args.hub_model_id or Path(self.args.output_dir).absolute().name):
+            super().init_hf_repo(token, private)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """
+        Writes the card of the run as it is now into `output_dir`, beside its curves.
+
+        Args:
+            model_name (`str`, *optional*):
+                The model's name, where it is not that of `hub_model_id`.
+            dataset_name (`str`, *optional*):
+                Not used: the collection is known.
+            tags (`str` or `list[str]`, *optional*):
+                Further tags.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        record = RunRecord(folder, self.settings, self._training, self.state.log_history, [])
+        name = self.hub_model_id or self.args.hub_model_id or model_name or folder.absolute().name
+        card, pictures = describe_run(record, name, [tags] if isinstance(tags, str) else tags or [])
+        card.save(folder / CARD_FILE)
+        for picture, content in pictures.items():
+            (folder / picture).write_bytes(content)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        tags: str | list[str] | None = None,
+    ) -> CommitInfo | Future | None:
+        """
+        Saves the policy and pushes what `coaug push` would push, to `args.hub_model_id`.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`):
+                As git shows it.
+            blocking (`bool`, *optional*, defaults to `True`):
+                Whether to wait for the upload.
+            token (`str`, *optional*):
+                Defaults to `args.hub_token`, or that of `hf auth login`.
+            revision (`str`, *optional*):
+                Branch; defaults to `args.hub_revision`.
+            private (`bool`, *optional*):
+                Whether others may not see it; defaults to `args.hub_private_repo`.
+            tags (`str` or `list[str]`, *optional*):
+                Further tags of the card.
+
+        Returns:
+            `CommitInfo`, or a `Future` of it if it does not wait; `None` on all processes but the first.
+
+        Raises:
+            `InputError`: As [`~coaug_trl.hub.push`].
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.save_state()
+        upload = prepare_run(
+            self.args.output_dir, self.hub_model_id, tags=[tags] if isinstance(tags, str) else tags or []
+        )
+        given = {
+            "private": self.args.hub_private_repo if private is None else private,
+            "revision": revision or self.args.hub_revision,
+            "commit_message": commit_message,
+            "token": token,
+        }
+        if blocking:
+            return push(upload, self.hub_model_id, **given)
+        return HfApi().run_as_future(push, upload, self.hub_model_id, **given)
 
 
 def refuse_vanishing_updates(args: CoAugConfig) -> None:

@@ -323,7 +323,6 @@ def test_queries_of_several_splits_share_a_folder(make_augmenter, collection, sm
 @pytest.mark.parametrize(
     ("other", "named"),
     [
-        ({"name": "another"}, "model 'tiny', and these would have 'another'"),
         ({"revision": "2"}, "revision '1', and these would have '2'"),
         ({"prompt_set": replace(PROMPT_SET, query="question:")}, f"prompt_hash '{PROMPT_SET.hash}'"),
         ({"generation": GenerationSettings(30, 1.2)}, "'max_new_tokens': 30"),
@@ -339,6 +338,21 @@ def test_a_folder_does_not_take_answers_of_another_making(make_augmenter, small,
     assert named in str(error.value)
     assert "choose another folder" in str(error.value)
     assert folder_content(tmp_path) == before
+
+
+def test_a_model_is_known_by_its_weights_under_whatever_name(make_augmenter, small, tmp_path):
+    first = make_augmenter().augment_collection(small, tmp_path, ["query"])
+    moved = make_augmenter(name="user/another")
+    second = moved.augment_collection(small, tmp_path)
+    assert len(moved.engine.generated) == len(small.corpus)  # the queries had been augmented
+    assert second["model"] == first["model"] == "tiny"
+    assert second["sides"]["query"] == first["sides"]["query"]
+
+
+def test_without_a_revision_a_model_is_known_by_its_name(make_augmenter, small, tmp_path):
+    make_augmenter(revision=None).augment_collection(small, tmp_path, ["query"])
+    with pytest.raises(InputError, match="model 'tiny', and these would have 'another'"):
+        make_augmenter(name="another", revision=None).augment_collection(small, tmp_path)
 
 
 def test_a_folder_does_not_take_another_collection(make_augmenter, small, tmp_path):

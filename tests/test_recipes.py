@@ -160,6 +160,12 @@ def test_there_is_a_recipe_for_each_size_and_retriever():
         assert settings["retriever"] in name or name.startswith("quickstart"), name
 
 
+def test_curves_go_to_this_machine_alone():
+    for name, settings in RECIPE.items():
+        assert settings["report_to"] == ("none" if name.startswith("quickstart") else "trackio"), name
+        assert not settings.keys() & {"trackio_space_id", "trackio_static_space_id", "trackio_bucket_id"}, name
+
+
 # Dry run
 
 
@@ -298,6 +304,7 @@ def tiny_settings(name, tiny_models):
         "bf16": "false",
         "use_vllm": "false",
         "disable_tqdm": "true",
+        "report_to": "none",  # rather than among the curves of whoever runs the tests
     }
     if RECIPE[name].get("load_in_4bit"):  # needs bitsandbytes
         changes["load_in_4bit"] = "false"

@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from test_trainer import DEFAULTS, PROMPT_SET, assert_equal_weights, saved_weights, weights
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from coaug_trl import BM25Retriever, CoAugConfig, CoAugTrainer, InputError
 from coaug_trl.checkpoints import (
@@ -222,10 +222,10 @@ def test_damage_that_keeps_a_files_size_is_seen(command, run_copy, caplog, damag
 
 def test_a_checkpoint_is_pushed_when_it_is_whole(build, tmp_path, monkeypatch):
     pushed = []
+    monkeypatch.setattr("coaug_trl.trainer.prepare_run", lambda folder, repo_id: folder)
     monkeypatch.setattr(
-        Trainer,
-        "_push_from_checkpoint",
-        lambda self, folder: pushed.append((Path(folder).name, why_incomplete(folder))),
+        "coaug_trl.trainer.push",
+        lambda folder, repo_id, **kwargs: pushed.append((folder.name, why_incomplete(folder))),
     )
     trainer = build(tmp_path, max_steps=2)
     trainer.args.push_to_hub = True

@@ -110,6 +110,7 @@ def test_the_nfcorpus_recipe_trains_with_a_small_model(beir_folder, tiny_model, 
         "use_peft": "false",
         "bf16": "false",
         "use_cpu": "true",
+        "report_to": "none",
     }
     arguments = [str(part) for name, value in overrides.items() for part in (f"--{name}", value)]
     path = ROOT / "recipes/nfcorpus/qwen2.5-7b-bm25.yaml"

@@ -18,6 +18,8 @@ logging.getLogger("bm25s").setLevel(logging.WARNING)
 # it is cut off before stop words and stemming, as in Lucene's English analyzer. No word spans a line break.
 WORD = r"\w+"
 ENGLISH_WORD = r"(\w+(?:['’](?!s\b)\w+)*)(?:['’]s\b)?"
+# Texts that take more than a second or two.
+PROGRESS_FROM = 20_000
 
 
 class Analyzer:
@@ -48,7 +50,12 @@ class Analyzer:
         split_texts = [text.split("\n") for text in texts]
         lines = list(dict.fromkeys(chain.from_iterable(split_texts)))
         ids, vocab = bm25s.tokenize(
-            lines, token_pattern=self.word, stopwords=self.stopwords, stemmer=self.stemmer, show_progress=False
+            lines,
+            token_pattern=self.word,
+            stopwords=self.stopwords,
+            stemmer=self.stemmer,
+            show_progress=len(lines) >= PROGRESS_FROM,
+            leave=False,
         )
         line_ids = dict(zip(lines, ids, strict=True))
         text_ids = [list(chain.from_iterable(map(line_ids.get, text_lines))) for text_lines in split_texts]

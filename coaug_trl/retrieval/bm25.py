@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..data import Document
 from ..errors import InputError
 from ..files import write_json
-from .analyzer import Analyzer
+from .analyzer import PROGRESS_FROM, Analyzer
 from .base import Retriever, best_places, check_depth, read_config, unique_ids
 
 
@@ -349,7 +349,8 @@ class BM25Retriever(Retriever):
             # float64, so that search and score rank alike
             field_index = bm25s.BM25(k1=self.k1, b=self.b, method="lucene", dtype="float64")
             with np.errstate(invalid="ignore"):  # the average length of a field that is empty everywhere is 0
-                field_index.index(tokens, create_empty_token=False, show_progress=False)
+                progress = {"show_progress": len(documents) >= PROGRESS_FROM, "leave_progress": False}
+                field_index.index(tokens, create_empty_token=False, **progress)
             indexes.append(field_index)
             average_lengths.append(sum(map(len, tokens.ids)) / len(tokens.ids))
         self._take_index(indexes, average_lengths, document_ids)
@@ -410,6 +411,29 @@ class BM25Retriever(Retriever):
         with ThreadPool(num_threads) as threads:
             return list(tqdm(threads.imap(search_one, queries, QUERIES_PER_TASK), **progress))
 
+    def matches(self, terms: Iterable[str], document_ids: list[str]) -> list[set[str]]:
+        """
+        Says which terms of a query found which documents.
+
+        Args:
+            terms (`Iterable[str]`):
+                Terms of the [`analyzer`].
+            document_ids (`list[str]`):
+                Ids of indexed documents.
+
+        Returns:
+            `list[set[str]]`: for each document those of the terms that it has, as it is indexed.
+        """
+        places = [np.flatnonzero(self._document_ids == document_id)[0] for document_id in document_ids]
+        found = [set() for _ in places]
+        for field_index in self._indexes:
+            indptr, indices = field_index.scores["indptr"], field_index.scores["indices"]
+            for term in set(terms) & field_index.vocab_dict.keys():
+                column = field_index.vocab_dict[term]
+                for row in np.flatnonzero(np.isin(places, indices[indptr[column] : indptr[column + 1]])):
+                    found[row].add(term)
+        return found
+
     def document_share(self, term: str) -> float:
         """The share of the documents that have a term, in the field where it is largest."""
         return max(each.document_frequencies.get(term, 0) / each.num_documents for each in self._statistics)
@@ -456,7 +480,7 @@ class BM25Retriever(Retriever):
             raise InputError(f"{folder} holds an index of another retriever than BM25: see its retriever.json.")
         retriever = cls(**config)
         retriever._take_index(
-            [_load_field(folder / f"field_{i}") for i in range(len(retriever._field_texts))],
+            [_load_field(field_folder(folder, i)) for i in range(len(retriever._field_texts))],
             _read_json(folder / "statistics.json")["average_lengths"],
             _read_json(folder / "document_ids.json"),
         )
@@ -524,6 +548,12 @@ def _save_field(field_index: bm25s.BM25, folder: Path) -> None:
         field_index.save(temporary, allow_pickle=False, show_progress=False)
         for path in Path(temporary).iterdir():
             os.replace(path, folder / path.name)
+
+
+def field_folder(folder: Path, place: int) -> Path:
+    """Where the index of a field is: on the Hub the first one lies at the root, as bm25s expects its index there."""
+    own = folder / f"field_{place}"
+    return folder if place == 0 and not own.is_dir() else own
 
 
 def _load_field(folder: Path) -> bm25s.BM25:

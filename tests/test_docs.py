@@ -1,0 +1,401 @@
+"""
+The documentation: it builds, its links lead somewhere, its commands and its code run, what it quotes is there.
+
+`bash` blocks of the getting-started page are run as they stand, with a tiny model; `sh` blocks and those of the other
+pages are parsed. `python` blocks are run, and print what the `text` block behind them says.
+"""
+
+import ast
+import contextlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from coaug_trl.cli import _parser, main
+
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+FRONT = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+# So that the commands of the page train a tiny model for two steps on a CPU.
+TINY = (
+    "--use_vllm false --dtype float32 --bf16 false --use_cpu true --groups_per_batch 2 --group_size 6 --num_relevant 3 "
+    "--num_generations 2 --updates_per_batch 1 --per_device_train_batch_size 24 --max_completion_length 8 "
+    "--max_steps 2 --eval_strategy no --save_strategy no --load_best_model_at_end false --lora_r 4 --report_to none"
+)
+
+
+def blocks(path: Path, *languages: str) -> list[str]:
+    """The code blocks of a page in some languages."""
+    found = BLOCK.findall(path.read_text(encoding="utf-8"))
+    return [code for _, language, code in found if language in languages]
+
+
+def commands(block: str) -> list[list[str]]:
+    """The commands of a block, split as a shell does."""
+    lines = block.replace("\\\n", " ").splitlines()
+    return [command for line in lines if (command := shlex.split(line, comments=True))]
+
+
+# The site
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
+def test_the_site_builds_without_a_warning(site):
+    for page in PAGES:
+        assert (site / page.with_suffix(".html").name).stat().st_size > 5_000
+
+
+def test_pages_name_nothing_that_would_be_loaded_from_elsewhere(site):
+    for page in site.rglob("*.html"):
+        html = page.read_text(encoding="utf-8")
+        assert not re.findall(r'<(?:script|img|iframe|source)[^>]* src="(?:https?:)?//[^"]+"', html), page.name
+        assert not re.findall(r'<link(?![^>]*rel="canonical")[^>]* href="(?:https?:)?//[^"]+"', html), page.name
+
+
+def test_formulas_are_mathml(site):
+    html = (site / "the-reward.html").read_text(encoding="utf-8")
+    assert html.count("<math") > 10
+    assert "arithmatex" not in html
+
+
+@pytest.mark.parametrize("name", [page.stem for page in PAGES])
+def test_a_page_in_a_browser(name, site, chromium):
+    for width, scheme in ((1280, "light"), (360, "dark")):
+        context = chromium.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        page = context.new_page()
+        problems, requests = [], []
+        page.on("console", lambda message, seen=problems: seen.append(message.text))
+        page.on("pageerror", lambda error, seen=problems: seen.append(str(error)))
+        page.on("request", lambda request, seen=requests: seen.append(request.url))
+        page.goto((site / f"{name}.html").as_uri())
+        assert problems == []
+        assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), f"wider than {width}"
+        is_dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+        assert is_dark == (scheme == "dark")
+        context.close()
+
+
+def test_the_reference_describes_every_public_name(site):
+    import coaug_trl
+    from coaug_trl import retrieval, rewards
+
+    html = (site / "api.html").read_text(encoding="utf-8")
+    names = {*coaug_trl.__all__, *rewards.__all__, *retrieval.__all__}
+    described = {name.rpartition(".")[2] for name in re.findall(r'id="(coaug_trl[\w.]+)"', html)}
+    assert names <= described
+    # Sections of docstrings have become lists, and references links or code.
+    assert "Args:" not in html and "[`" not in html and "[<code>" not in html
+    assert 'href="#coaug_trl.CoAugConfig"' in html
+
+
+@pytest.mark.parametrize("path", FRONT, ids=lambda path: path.name)
+def test_links_of_the_front_pages_lead_somewhere(path):
+    text = path.read_text(encoding="utf-8")
+    headings = {
+        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert links
+    for link in links:
+        if link.startswith("#"):
+            assert link[1:] in headings, link
+        elif not link.startswith("https://"):
+            assert (ROOT / link.partition("#")[0]).exists(), link
+
+
+# Commands and code
+
+
+def all_commands():
+    for path in (*FRONT, *PAGES):
+        for block in blocks(path, "bash", "sh"):
+            for command in commands(block):
+                yield pytest.param(command, id=f"{path.stem}: {' '.join(command)[:60]}")
+
+
+@pytest.mark.parametrize("command", all_commands())
+def test_commands_are_ones_that_exist(command, tmp_path):
+    """Options are read by the real parsers; recipes, scripts and configurations are there."""
+    for argument in command:
+        if argument.startswith(("recipes/", "scripts/", "docs/")):
+            assert (ROOT / argument).exists(), argument
+    while command and command[0] in ("accelerate", "launch", "python"):
+        command = command[1:]
+    if command[0].startswith("--"):  # of accelerate
+        command = command[next(place for place, part in enumerate(command) if part.endswith(".py")) :]
+    program, *options = command
+    if program == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        targets = [option for option in options if "=" not in option]
+        assert all(re.search(rf"^{target}\b.*:", makefile, re.MULTILINE) for target in targets), targets
+        return
+    scripts = {"scripts/train.py": "train", "scripts/augment.py": "augment"}
+    if program in scripts:
+        program, options = "coaug", [scripts[program], *options]
+    if program != "coaug" or options == ["--version"]:
+        assert program in ("pip", "coaug", "scripts/make_collection.py")
+        return
+    if options[:1] == ["train"]:
+        from dataclasses import fields
+
+        from trl import ModelConfig
+
+        from coaug_trl import CoAugConfig
+        from coaug_trl.train import CoAugScriptArguments
+
+        known = {field.name for each in (CoAugScriptArguments, CoAugConfig, ModelConfig) for field in fields(each)}
+        given = {option.removeprefix("--") for option in options if option.startswith("--")}
+        assert given <= known | {"config"}, given - known
+        return
+    if options == ["..."]:
+        return
+    # Names that stand for files and numbers are read as strings.
+    parsed, others = _parser().parse_known_args([option for option in options if option != "..."])
+    assert others == [], others
+
+
+@pytest.fixture(scope="module")
+def walk(tmp_path_factory, tiny_model):
+    """Runs the commands of the getting-started page, in order; returns the folder and what each printed."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from make_collection import main as make_collection
+
+    folder = tmp_path_factory.mktemp("walk")
+    for name in ("docs", "recipes", "scripts"):
+        (folder / name).symlink_to(ROOT / name)
+    printed = []
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        for block in blocks(DOCS / "getting-started.md", "bash"):
+            for program, *options in commands(block):
+                output, errors = io.StringIO(), io.StringIO()
+                with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+                    if program == "python":
+                        assert options.pop(0) == "scripts/make_collection.py"
+                        code = make_collection(options)
+                    else:
+                        assert program == "coaug"
+                        if options[0] == "train":
+                            options += ["--model_name_or_path", str(tiny_model), *TINY.split()]
+                        code = main(options)
+                assert code == 0, f"{' '.join(options)}: {output.getvalue()}\n{errors.getvalue()[-2000:]}"
+                printed.append((options, output.getvalue()))
+    finally:
+        os.chdir(before)
+    return folder, printed
+
+
+def test_getting_started_runs(walk):
+    folder, printed = walk
+    shown = {options[0]: output for options, output in printed}
+    # The page shows what the first command prints, word for word.
+    assert blocks(DOCS / "getting-started.md", "text")[0] == printed[0][1]
+    assert "1 generation batch = " in "".join(output for _, output in printed)
+    assert "40 documents indexed, with augmentations" in shown["index"]
+    assert "salty food and the heart" in shown["search"]
+    assert "nDCG@10" in shown["compare"]
+    for made in (
+        "coaug.json",
+        "report.html",
+        "augmentations/manifest.json",
+        "trained/metrics.json",
+        "rm3/comparison.md",
+    ):
+        assert (folder / "runs/mine" / made).is_file(), made
+
+
+def test_getting_started_compares_like_with_like(walk):
+    """The evaluation without augmentations has the fields that the policy was trained with."""
+    printed = next(output for options, output in walk[1] if options[0] == "compare")
+    assert "not alike" not in printed
+    metrics = [
+        yaml.safe_load((walk[0] / f"runs/mine/{name}/metrics.json").read_text()) for name in ("none", "trained")
+    ]
+    assert metrics[0]["retriever"] == metrics[1]["retriever"]
+
+
+def test_python_of_getting_started_runs(walk, monkeypatch):
+    monkeypatch.chdir(walk[0])
+    (code,) = blocks(DOCS / "getting-started.md", "python")
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        exec(compile(code, "getting-started.md", "exec"), {})
+    assert "salt" in output.getvalue()
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.stem != "getting-started"], ids=lambda page: page.stem
+)
+def test_python_blocks_print_what_the_page_says(page):
+    names, printed = {}, None
+    for _, language, code in BLOCK.findall(page.read_text(encoding="utf-8")):
+        if language == "python":
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output):
+                exec(compile(code, page.name, "exec"), names)
+            printed = output.getvalue()
+        elif language == "text" and printed is not None:
+            assert code == printed
+            printed = None
+
+
+def test_python_of_the_readme_compiles():
+    for code in blocks(ROOT / "README.md", "python"):
+        compile(code, "README.md", "exec")
+
+
+# The notebook
+
+
+def read_notebook():
+    import nbformat
+
+    return nbformat.read(ROOT / "notebooks/quickstart.ipynb", as_version=4)
+
+
+def test_the_notebook_is_valid_and_holds_no_outputs():
+    import nbformat
+
+    notebook = read_notebook()
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            compile(cell.source, cell.id, "exec")
+            assert cell.outputs == [] and cell.execution_count is None
+        for link in re.findall(r"\]\((\.\./[^)]+)\)", cell.source):
+            assert (ROOT / "notebooks" / link).exists(), link
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_training_helps():
+    import nbclient
+
+    notebook = read_notebook()
+    resources = {"metadata": {"path": str(ROOT / "notebooks")}}
+    nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
+    printed = "".join(
+        output.get("text", "")
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output.get("name") == "stdout"
+    )
+    none, untrained, trained = (
+        float(re.search(rf"^{name} +nDCG@10 ([\d.]+)", printed, re.MULTILINE)[1])
+        for name in ("none", "untrained", "trained")
+    )
+    assert none < untrained < trained - 0.1
+
+
+# What the pages say of the code
+
+
+def messages() -> list[str]:
+    """Every string of the package, as one text each, with … for what is filled in."""
+    found = []
+    for path in (ROOT / "coaug_trl").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_quoted_messages_are_those_of_the_code():
+    strings = messages()
+    quoted = blocks(DOCS / "troubleshooting.md", "text")
+    assert len(quoted) > 20
+    for message in quoted:
+        parts = [part.strip() for part in message.split("…") if part.strip()]
+        pattern = re.compile(".*".join(map(re.escape, parts)), re.DOTALL)
+        assert any(pattern.search(string) for string in strings), message
+
+
+def test_settings_and_metrics_that_troubleshooting_names_exist():
+    from dataclasses import fields
+
+    from trl import ModelConfig
+
+    from coaug_trl import CoAugConfig
+
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    known = {field.name for each in (CoAugConfig, ModelConfig) for field in fields(each)}
+    for name in re.findall(r"`([a-z]+(?:_[a-z]+)+)(?:: [^`]*)?`", text):
+        assert name in known | {"answer_rate", "zero_spread_share", "clipped_ratio", "max_document_tokens"}, name
+
+
+def test_recipes_of_the_table_have_the_memory_it_states():
+    rows = re.findall(
+        r"^\| (.*?) \| (\S+) \| `(\S+)` \| (.*?) \| (\d+) GiB \|$", (DOCS / "choosing-a-recipe.md").read_text(), re.M
+    )
+    assert len(rows) == 11
+    for gpus, model, name, _, least in rows:
+        path = ROOT / f"recipes/nfcorpus/{name}.yaml"
+        head = " ".join(line.lstrip("# ") for line in path.read_text().split("\n\n")[0].splitlines())
+        assert model in yaml.safe_load(path.read_text())["model_name_or_path"]
+        assert re.search(rf"(takes|Estimated, not run:) {least} GiB", head), name
+        assert re.search(rf"Meant for .*\b{gpus.split()[-2]} GB", head), name
+    for _, _, name, _, _ in rows:
+        if not name.endswith("-server"):
+            assert (ROOT / f"recipes/nfcorpus/{name.replace('bm25', 'dense')}.yaml").exists(), name
+
+
+def test_recipes_that_pages_name_exist():
+    for page in (*PAGES, *FRONT):
+        for name in re.findall(r"`(recipes/[\w./-]+\.yaml)`", page.read_text(encoding="utf-8")):
+            assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def test_contributing_names_every_module():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    package = ROOT / "coaug_trl"
+    modules = {
+        path.relative_to(package).as_posix() for path in package.rglob("*.py") if path.name not in ("__init__.py",)
+    }
+    assert set(re.findall(r"^\| `([\w/]+\.py)` \|", text, re.MULTILINE)) == modules
+
+
+def test_contributing_names_the_hooks_of_the_trainer():
+    from trl import GRPOTrainer
+
+    from coaug_trl import CoAugTrainer
+
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(_?[a-z_]+)`", "".join(re.findall(r"^\| `_?[a-z_]+`.*$", text, re.MULTILINE))))
+    for name in named & set(dir(CoAugTrainer)):
+        assert hasattr(GRPOTrainer, name), name
+    assert {"_get_train_sampler", "_calculate_rewards", "_generate_and_score_completions", "evaluation_loop"} <= named
+
+
+def test_citation_and_changelog_are_of_this_version():
+    from coaug_trl import __version__
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == __version__ and citation["cff-version"] == "1.2.0"
+    assert citation["references"][0]["identifiers"][0]["value"] == "arXiv:2506.18670"
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{__version__}] - {citation['date-released']}" in changelog
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8").splitlines()[0]

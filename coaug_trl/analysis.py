@@ -92,7 +92,7 @@ def measure_alignment(
 
     Source: arXiv 2506.18670, section 4.3 and Table 3.
     """
-    from .augment import AugmentedCollection
+    from .augmented import AugmentedCollection
 
     check_smoothing(smoothing)  # rather now than after the counting
     augmented = {str(folder): AugmentedCollection.load(folder) for folder in folders}

@@ -7,7 +7,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .augment import SIDES, AugmentedCollection, Augmenter, describe_side
+from .augment import Augmenter
+from .augmented import SIDES, AugmentedCollection, describe_side
 from .compare import Comparison, compare_folders
 from .data import Collection
 from .errors import InputError

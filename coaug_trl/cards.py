@@ -370,7 +370,7 @@ def _training(record: RunRecord) -> Iterable[str]:
 
 
 def _training_rows(record: RunRecord) -> Iterable[tuple[str, str]]:
-    from .augment import describe_seconds  # which reads policies from the Hub, where these cards go
+    from .terminal import describe_seconds
 
     training, history = record.training, record.history
     if training:
@@ -553,7 +553,6 @@ def augmentations_card(manifest: dict[str, Any], repo_id: str, with_texts: bool)
     """
     sides = list(manifest["sides"])
     collection, model = manifest["collection"], manifest["model"]
-    configs = {"query": "queries", "document": "documents"}
     columns = {
         "_id": "of the query or document in the collection",
         "augmentation": "what the model adds; empty where it added nothing",
@@ -567,7 +566,7 @@ def augmentations_card(manifest: dict[str, Any], repo_id: str, with_texts: bool)
         }
     rows = [
         [
-            _line(configs[side]),
+            _line(SIDE_NAMES[side]),
             f"{counts['texts']:,}",
             f"{counts['empty']:,}",
             f"{counts['incomplete']:,}",
@@ -577,12 +576,12 @@ def augmentations_card(manifest: dict[str, Any], repo_id: str, with_texts: bool)
     ]
     snippet = ["from datasets import load_dataset", ""]
     snippet += [
-        f'{configs[side]} = load_dataset({json.dumps(repo_id)}, "{configs[side]}", split="train")' for side in sides
+        f'{SIDE_NAMES[side]} = load_dataset({json.dumps(repo_id)}, "{SIDE_NAMES[side]}", split="train")'
+        for side in sides
     ]
-    snippet += [f"print({configs[sides[0]]}[0])"]
+    snippet += [f"print({SIDE_NAMES[sides[0]]}[0])"]
     texts = (
-        "The texts are part of the dataset, and the licence of the collection applies to them; check that it allows "
-        "to publish them."
+        "The texts are part of the dataset, and the licence of the collection applies to them."
         if with_texts
         else "The texts themselves are not part of the dataset: join them by `_id`."
     )
@@ -648,11 +647,10 @@ def index_card(manifest: dict[str, Any], repo_id: str) -> ModelCard:
     """
     collection, retriever, augmentations = (manifest[name] for name in ("collection", "retriever", "augmentations"))
     bm25 = retriever["retriever"] == "bm25"
-    policy = augmentations["model"] if augmentations and "query" in augmentations["sides"] else None
     command = f"coaug search --index {shlex.quote(repo_id)}"
     if augmentations:
-        policy = _short(augmentations["model"]) if _on_hub(augmentations["model"]) else "path/to/model"
-        command += f" --model {shlex.quote(policy)}"
+        model = augmentations["model"]
+        command += f" --model {shlex.quote(model) if _on_hub(model) else 'path/to/model'}"
     package = "coaug-trl" if bm25 else "coaug-trl[dense]"
     use = [_fence(f'pip install "{package}"\n{command} "what to search for"', "bash")]
     if bm25 and retriever["fields"] == "flat":
@@ -672,10 +670,7 @@ places, scores = index.retrieve(terms, k=10)  # places in document_ids.json""",
     augmented = f", with what {_link(augmentations['model'])} added to them" if augmentations else ", as they are"
     rows = [("collection", _line(collection)), ("documents", f"{manifest['num_documents']:,}")]
     rows += [(name, _line(_without_paths(value))) for name, value in retriever.items() if value is not None]
-    limits = [
-        "The texts of the documents are part of the index; the licence of the collection applies to them. Check that "
-        "it allows to publish them.",
-    ]
+    limits = ["The texts of the documents are part of the index; the licence of the collection applies to them."]
     if augmentations:
         limits += [
             "Queries have to be augmented by the model that augmented the documents; `coaug search` refuses one with "
@@ -684,7 +679,7 @@ places, scores = index.retrieve(terms, k=10)  # places in document_ids.json""",
     sections = [
         f"# {escape_markdown(repo_id.split('/')[-1])}",
         f"An index of the {manifest['num_documents']:,} documents of {_collection_link(collection)}{augmented}, for "
-        f"{_retriever_text(retriever)} ([paper]({PAPER})).",
+        f"{_retriever_text(retriever)}{f' ([paper]({PAPER}))' * bool(augmentations)}.",
         _section("Use", *use),
         _section("Contents", _table(["", "index"], rows)),
         _section("How it was made", _provenance(augmentations)) if augmentations else None,
@@ -722,7 +717,9 @@ def _collection_link(name: str) -> str:
 
 
 def _retriever_text(retriever: dict[str, Any]) -> str:
-    if retriever.get("retriever", "bm25") == "bm25":
+    if not retriever:  # of a model that was not trained for one
+        return "a retriever"
+    if retriever["retriever"] == "bm25":
         return "BM25"
     return f"the encoder {_code(_short(retriever['model']))}"
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ir_measures import Measure
     from rich.text import Text
 
-    from .augment import AugmentedCollection
+    from .augmented import AugmentedCollection
     from .compare import Comparison, Table
     from .data import Collection
     from .hub import Upload
@@ -31,7 +31,8 @@ def _sides(side: str) -> tuple[str, ...]:
 
 
 def augment(options: argparse.Namespace) -> None:
-    from .augment import MANIFEST, Augmenter, describe_side
+    from .augment import Augmenter
+    from .augmented import MANIFEST, describe_side
     from .data import Collection
     from .engines import best_engine, num_processes, process_index
     from .hub import policy_folder
@@ -252,7 +253,7 @@ def _augmented_and_retriever(
     options: argparse.Namespace, collection: "Collection", sides: tuple[str, ...]
 ) -> tuple["AugmentedCollection | None", "Retriever"]:
     """What `index` and `evaluate` work with, refused where it does not belong together."""
-    from .augment import AugmentedCollection
+    from .augmented import AugmentedCollection
 
     augmented, trained_with = None, {}
     if options.augmentations:

@@ -24,7 +24,7 @@ from .retrieval.base import Retriever, check_depth
 
 
 if TYPE_CHECKING:
-    from .augment import AugmentedCollection
+    from .augmented import AugmentedCollection
     from .data import Collection, Document
 
 MEASURES = ("nDCG@10", "nDCG@100", "R@100", "RR@10", "AP")
@@ -43,7 +43,7 @@ def compose(
     Args:
         collection ([`~coaug_trl.Collection`]):
             Its judged queries and its documents.
-        augmented ([`~coaug_trl.augment.AugmentedCollection`] or `None`):
+        augmented ([`~coaug_trl.augmented.AugmentedCollection`] or `None`):
             What is added to them.
         retriever ([`~coaug_trl.retrieval.base.Retriever`]):
             Knows the field that an augmentation joins.
@@ -270,7 +270,7 @@ def judged_texts(
             Whose queries and documents.
         answers (`dict[str, dict[str, str]]`, *optional*):
             What was added: side (`"query"`, `"document"`) to id to answer, as in
-            [`~coaug_trl.augment.AugmentedCollection`]; defaults to nothing.
+            [`~coaug_trl.augmented.AugmentedCollection`]; defaults to nothing.
 
     Returns:
         `Iterator[dict[str, str]]`: `_id`, `type` (the side), `text` and `augmentation`, empty where nothing was added.
@@ -301,7 +301,7 @@ def evaluation_manifest(
     Args:
         collection ([`~coaug_trl.Collection`]):
             What is evaluated on.
-        augmented ([`~coaug_trl.augment.AugmentedCollection`] or `None`):
+        augmented ([`~coaug_trl.augmented.AugmentedCollection`] or `None`):
             What was added to its texts.
         config (`dict[str, Any]`):
             The retriever's.

@@ -16,7 +16,7 @@ from .record import load_record, read_object
 
 
 if TYPE_CHECKING:
-    from .augment import AugmentedCollection
+    from .augmented import AugmentedCollection
     from .record import RunRecord
 
 # JSON files that may hold paths; in the others a string that looks like one is a token.
@@ -206,7 +206,7 @@ def prepare_augmentations(folder: str | Path, repo_id: str, collection: str | No
     """
     from datasets import Dataset
 
-    from .augment import FILES, AugmentedCollection, read_rows
+    from .augmented import FILES, AugmentedCollection, read_rows
     from .cards import augmentations_card
     from .data import Collection
 

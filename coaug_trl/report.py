@@ -58,6 +58,7 @@ from .record import (
     load_record,
     read_object,
 )
+from .terminal import describe_seconds
 
 
 MEASURE = "nDCG@10"
@@ -637,7 +638,7 @@ def _query_texts(folder: Path, query_ids: Sequence[str]) -> dict[str, str]:
 
 def _words(run: _Run, results: list[Results], folders: list[Path], given: str | None) -> list[Block]:
     from .analysis import alignment_table, measure_alignment
-    from .augment import read_manifest
+    from .augmented import read_manifest
     from .data import Collection
 
     if not folders:
@@ -711,7 +712,7 @@ def _cases(run: _Run, results: list[Results]) -> list[Block]:
 
 
 def _cost(run: _Run, folders: list[Path]) -> list[Block]:
-    from .augment import read_manifest
+    from .augmented import read_manifest
 
     record = run.record
     steps = [value for _, value in _points(record, "step_time")]
@@ -752,9 +753,4 @@ def _count(value: Any, what: str) -> str | None:
 
 
 def _duration(seconds: Any) -> str | None:
-    if _finite(seconds) is None:
-        return None
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes, hours = round(seconds / 60), seconds / 3600
-    return f"{minutes} min" if minutes < 120 else f"{hours:.1f} h"
+    return None if _finite(seconds) is None else describe_seconds(seconds)

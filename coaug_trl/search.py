@@ -19,7 +19,8 @@ from .terminal import note
 
 # A search without a policy does without torch.
 if TYPE_CHECKING:
-    from .augment import AugmentedCollection, Augmenter
+    from .augment import Augmenter
+    from .augmented import AugmentedCollection
 
 MANIFEST = "manifest.json"
 DOCUMENTS_FILE = "documents.jsonl"
@@ -99,7 +100,7 @@ class SearchIndex:
         Args:
             collection ([`~coaug_trl.Collection`]):
                 Its documents.
-            augmented ([`~coaug_trl.augment.AugmentedCollection`] or `None`):
+            augmented ([`~coaug_trl.augmented.AugmentedCollection`] or `None`):
                 What is added to them.
             retriever ([`~coaug_trl.retrieval.Retriever`]):
                 Makes the index.

@@ -85,6 +85,15 @@ def visible(text: str) -> str:
     return _CONTROL.sub(" ", text)
 
 
+def describe_seconds(seconds: float) -> str:
+    """A time, to two units or two digits."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds:.2g} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
 def _print_labelled(label: str, style: str, text: str) -> None:
     text = visible(text)
     if not sys.stderr.isatty():

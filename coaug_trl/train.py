@@ -16,7 +16,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from .augment import describe_seconds
 from .checkpoints import check_checkpoint, last_whole_checkpoint, saving
 from .config import CoAugConfig
 from .data import Collection
@@ -24,7 +23,7 @@ from .errors import InputError, TrainingStopped
 from .plan import print_plan
 from .prompts import PromptSet
 from .retrieval import Retriever, make_retriever
-from .terminal import is_quiet, say, show
+from .terminal import describe_seconds, is_quiet, say, show
 from .trackers import check_trackers
 from .trainer import CoAugTrainer
 

@@ -20,7 +20,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, rotate_checkpoints
 from trl import GRPOTrainer
 
-from .augment import AugmentedCollection
+from .augmented import AugmentedCollection
 from .checkpoints import (
     STATE_FILE,
     begin_checkpoint,

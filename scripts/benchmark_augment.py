@@ -36,7 +36,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from coaug_trl import Augmenter, Collection, PromptSet
-from coaug_trl.augment import side_texts
+from coaug_trl.augmented import side_texts
 from coaug_trl.engines import Completion, VLLMEngine, best_engine
 from coaug_trl.policy import GenerationSettings, PolicySettings
 

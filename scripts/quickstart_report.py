@@ -16,7 +16,7 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from coaug_trl import Augmenter, Collection, Document, PromptSet
-from coaug_trl.augment import AugmentedCollection
+from coaug_trl.augmented import AugmentedCollection
 from coaug_trl.data import vocabulary_gap
 from coaug_trl.evaluation import (
     compare,

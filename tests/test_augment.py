@@ -18,7 +18,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from coaug_trl import Augmenter, BM25Retriever, Collection, Document, InputError, PromptSet, augment
-from coaug_trl.augment import Augmentation, AugmentedCollection, side_texts
+from coaug_trl.augment import Augmentation
+from coaug_trl.augmented import AugmentedCollection, side_texts
 from coaug_trl.engines import Completion, TransformersEngine
 from coaug_trl.policy import GenerationSettings, PolicySettings
 from coaug_trl.prompts import extract_answer

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from coaug_trl import BM25Retriever, Collection, Document, InputError, PromptSet
-from coaug_trl.augment import AugmentedCollection
+from coaug_trl.augmented import AugmentedCollection
 from coaug_trl.baselines import SYSTEMS, HyDE, choose_systems, prompt_set_of
 from coaug_trl.engines import TransformersEngine
 from coaug_trl.evaluation import load_evaluation, retrieve

@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from coaug_trl import BM25Retriever, CoAugConfig, CoAugTrainer, PromptSet
-from coaug_trl.augment import AugmentedCollection
+from coaug_trl.augmented import AugmentedCollection
 from coaug_trl.cards import CURVES_FILE, augmentations_card, draw_curves, index_card, model_card
 from coaug_trl.cli import _parser
 from coaug_trl.compare import compare_folders

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from coaug_trl import BM25Retriever, Collection, PromptSet, __version__, cli
-from coaug_trl.augment import AugmentedCollection
+from coaug_trl.augmented import AugmentedCollection
 from coaug_trl.evaluation import evaluate_run
 from coaug_trl.policy import GenerationSettings, PolicySettings
 

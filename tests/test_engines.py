@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from coaug_trl import Augmenter, InputError, PromptSet, engines
-from coaug_trl.augment import AugmentedCollection
+from coaug_trl.augmented import AugmentedCollection
 from coaug_trl.engines import ServerEngine, TransformersEngine
 from coaug_trl.policy import GenerationSettings, PolicySettings
 

@@ -22,7 +22,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from coaug_trl import Augmenter, BM25Retriever, CoAugConfig, CoAugTrainer, InputError, PromptSet
-from coaug_trl.augment import AugmentedCollection
+from coaug_trl.augmented import AugmentedCollection
 from coaug_trl.files import write_json
 from coaug_trl.hub import Upload, policy_folder, push
 from coaug_trl.policy import GenerationSettings, PolicySettings, folder_hash, retriever_differences

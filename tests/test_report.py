@@ -20,8 +20,8 @@ from coaug_trl.analysis import measure_alignment
 from coaug_trl.charts import _spread, draw_gains
 from coaug_trl.cli import main
 from coaug_trl.compare import compare_folders, format_p
-from coaug_trl.policy import PolicySettings
 from coaug_trl.pages import render_markdown, save_report
+from coaug_trl.policy import PolicySettings
 from coaug_trl.report import make_report
 
 

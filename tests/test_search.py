@@ -159,7 +159,7 @@ def test_index_checks_the_augmentations_as_evaluate_does(refused, augmentations,
 
 
 def test_search_with_a_policy_is_augmenter_and_retriever(coaug, index, augmentations, policy, beir_folder):
-    from coaug_trl.augment import AugmentedCollection
+    from coaug_trl.augmented import AugmentedCollection
 
     augmenter = Augmenter.from_pretrained(str(policy))
     answers = [augmentation.answer for augmentation in augmenter.generate("query", QUERIES)]

@@ -387,7 +387,7 @@ def measure_anomalies(
     """
     import torch
 
-    from .groups import TEXT_TYPES
+    from .prompts import TEXT_TYPES
     from .trainer import normalize_advantages
 
     if not threshold > 0:

@@ -12,8 +12,9 @@ import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from .compare import FORMATS, LETTERS, Cell, Comparison, Table, escape_markdown, format_p
-from .groups import TEXT_TYPES
+from .prompts import TEXT_TYPES
 from .record import Evaluated, RunRecord
+from .terminal import describe_seconds
 
 
 CURVES_FILE = "reward.png"
@@ -370,7 +371,6 @@ def _training(record: RunRecord) -> Iterable[str]:
 
 
 def _training_rows(record: RunRecord) -> Iterable[tuple[str, str]]:
-    from .terminal import describe_seconds
 
     training, history = record.training, record.history
     if training:

@@ -242,7 +242,8 @@ def _parser() -> argparse.ArgumentParser:
         help="folders made by coaug augment, or folders of them; default: as for --evaluations",
     )
     report.add_argument(
-        "--collection", help="where the collection is, for the words of its texts; default: its name, if not a folder's"
+        "--collection",
+        help="where the collection is, for the words of its texts; default: its name, if not a folder's",
     )
     report.add_argument("--output", metavar="DIR", help="where to write; default: RUN")
     _add_output(report)

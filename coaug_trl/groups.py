@@ -27,9 +27,6 @@ from .data import Collection
 from .errors import InputError
 
 
-TEXT_TYPES = ("query", "relevant", "irrelevant")
-
-
 @dataclass(frozen=True, slots=True)
 class Group:
     """

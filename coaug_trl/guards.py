@@ -15,7 +15,7 @@ from .checkpoints import last_whole_checkpoint
 from .distributed import largest
 from .errors import TrainingStopped
 from .files import write_jsonl
-from .groups import TEXT_TYPES
+from .prompts import TEXT_TYPES
 
 
 if TYPE_CHECKING:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .data import Document
 
 PROMPT_SET_FILE = "prompt_set.yaml"
+# What a text is in a group.
+TEXT_TYPES = ("query", "relevant", "irrelevant")
 # How an answer joins its text; the first of each is the default.
 QUERY_RULES = ("append", "replace")
 DOCUMENT_RULES = (None, "append", "prepend")

@@ -47,7 +47,7 @@ from .pages import (
     Verbatim,
 )
 from .policy import POLICY_FILE
-from .prompts import PROMPT_SET_FILE
+from .prompts import PROMPT_SET_FILE, TEXT_TYPES
 from .record import (
     DEPTH,
     TRAINER_STATE,
@@ -65,7 +65,6 @@ MEASURE = "nDCG@10"
 # Rows of a table of steps, and of the table of queries, half of which are gains and half losses.
 STEP_ROWS, QUERY_ROWS = 11, 100
 QUERY_LENGTH = 100
-TEXT_TYPES = ("query", "relevant", "irrelevant")
 
 
 # Reading a run

@@ -37,7 +37,7 @@ from .distributed import merge_shares, own_share
 from .errors import InputError
 from .evaluation import evaluate_run, retrieve
 from .files import write_json
-from .groups import TEXT_TYPES, CompositeGroups, Group, GroupCollator, GroupSampler
+from .groups import CompositeGroups, Group, GroupCollator, GroupSampler
 from .guards import (
     RATIO,
     CollapseGuard,
@@ -51,7 +51,7 @@ from .hub import CARD_FILE, check_access, explained, push
 from .interruption import StopOnSignal
 from .negatives import HARD_NEGATIVES_FILE, mine_hard_negatives
 from .policy import GenerationSettings, PolicySettings
-from .prompts import PromptSet, document_text, extract_answer
+from .prompts import TEXT_TYPES, PromptSet, document_text, extract_answer
 from .publish import describe_run, prepare_run
 from .record import TRAINING_FILE, RunRecord, describe_training
 from .retrieval import Retriever

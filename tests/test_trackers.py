@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from coaug_trl import CoAugConfig
-from coaug_trl.groups import TEXT_TYPES
+from coaug_trl.prompts import TEXT_TYPES
 
 
 MEASURES = ("reward", "advantage_std", "zero_spread_share", "answer_rate", "answer_words", "distinct_words")

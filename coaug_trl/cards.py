@@ -371,7 +371,6 @@ def _training(record: RunRecord) -> Iterable[str]:
 
 
 def _training_rows(record: RunRecord) -> Iterable[tuple[str, str]]:
-
     training, history = record.training, record.history
     if training:
         yield "began with", _base_text(record)

@@ -8,7 +8,6 @@ writes `metrics.json`, `reward.png` and one evaluation folder a system.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from coaug_trl import Augmenter, Collection, Document, PromptSet
 from coaug_trl.augmented import AugmentedCollection
+from coaug_trl.cards import draw_curves
 from coaug_trl.data import vocabulary_gap
 from coaug_trl.evaluation import (
     compare,
@@ -29,6 +29,7 @@ from coaug_trl.evaluation import (
 )
 from coaug_trl.files import write_json
 from coaug_trl.policy import GenerationSettings, PolicySettings
+from coaug_trl.record import load_record
 from coaug_trl.retrieval import Retriever, make_retriever
 
 
@@ -88,27 +89,6 @@ def ceiling(collection: Collection, prompt_set: PromptSet, retriever: Retriever)
     return evaluate_run(collection.qrels, index_and_retrieve(retriever, queries, documents), [MEASURE])[0][MEASURE]
 
 
-def plot_rewards(history: list[dict], path: Path) -> None:
-    """Draws the reward, which has the same mean for all text types, and the dev evaluations."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    rewards = [(entry["step"], entry["reward"]) for entry in history if "reward" in entry]
-    axes.plot(*zip(*rewards, strict=True), label="rollouts in training: expected NDCG@10 in the batch")
-    evaluations = [(entry["step"], entry[f"eval_{MEASURE}"]) for entry in history if f"eval_{MEASURE}" in entry]
-    if evaluations:
-        axes.plot(
-            *zip(*evaluations, strict=True), "ko--", markersize=4, label="dev split: nDCG@10, greedy, whole corpus"
-        )
-    axes.set(xlabel="optimizer step", ylabel="NDCG@10", title="Joint reward in training", ylim=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-
-
 def print_examples(console: Console, collection: Collection, folder: Path, before: dict, after: dict, count: int = 3):
     """Prints the test queries that gained most, each with what was added to it and to a relevant document."""
     untrained = AugmentedCollection.load(folder / "untrained")
@@ -164,8 +144,7 @@ def main():
         "num_queries": test["num_queries"],
     }
     write_json(output_dir / "metrics.json", metrics)
-    history = json.loads((output_dir / "trained" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    plot_rewards(history, output_dir / "reward.png")
+    draw_curves(load_record(output_dir / "trained"), output_dir / "reward.png")
 
     console = Console(highlight=False, soft_wrap=True)
     searched = f"{'BM25' if retriever.kind == 'sparse' else 'dense retrieval'} over {len(collection.corpus)} documents"

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -385,6 +386,8 @@ class Augmenter:
             _wait_for_others(keys, store, retry_incomplete)
             splits = manifest["sides"].get(side, {}).get("splits", [])
             counts = self._write_answers(collection, side, keys, store, output_dir / FILES[side])
+            if math.isfinite(store.tokens):
+                counts["cost"] = {"tokens": int(store.tokens), "seconds": round(store.seconds, 1)}
             if side == "query":
                 counts["splits"] = sorted({*splits, collection.split})
             # another command may have finished the other side meanwhile
@@ -521,7 +524,8 @@ class Augmenter:
     ) -> tuple[int, int]:
         """Generates for texts with their keys, and writes shards; returns how many texts and tokens that were."""
         num_texts = num_tokens = 0
-        rows, since = [], time.monotonic()
+        rows = []
+        since = last = time.monotonic()
         temperature = RETRY_TEMPERATURE if attempt else 0.0
         try:
             for key, augmentation, completion in self._augment(side, texts, temperature, seed=attempt):
@@ -532,8 +536,11 @@ class Augmenter:
                         "complete": augmentation.complete,
                         "truncated": augmentation.truncated,
                         "attempt": attempt,
+                        "tokens": completion.num_tokens,
+                        "seconds": round(time.monotonic() - last, 4),
                     }
                 )
+                last = time.monotonic()
                 num_texts, num_tokens = num_texts + 1, num_tokens + completion.num_tokens
                 progress.set_postfix_str(f"{num_tokens:,} tokens generated", refresh=False)
                 progress.update()

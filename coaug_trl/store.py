@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from functools import lru_cache
@@ -15,8 +16,8 @@ from .files import atomic_open
 from .terminal import note
 
 
-# Of a row: hash of text and settings, what was generated, and at which attempt.
-ROW_KEYS = ("key", "augmentation", "complete", "truncated", "attempt")
+# Of a row: hash of text and settings, what was generated, at which attempt, and what it cost.
+ROW_KEYS = ("key", "augmentation", "complete", "truncated", "attempt", "tokens", "seconds")
 SHARDS_IN_MEMORY = 64
 _ENTRY = np.dtype(
     [("key", np.uint64), ("complete", bool), ("attempt", np.uint16), ("shard", np.int32), ("offset", np.int64)]
@@ -33,12 +34,16 @@ class AnswerStore:
     Args:
         folder (`Path`):
             The folder; made when the first shard is written.
+
+    `tokens` and `seconds` are what all answers that were read took to generate, those that others replaced included,
+    processes added up; not a number where a row of an earlier version does not say.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._names: list[str] = []
         self._best = np.empty(0, _ENTRY)
+        self.tokens = self.seconds = 0.0
         self._content = lru_cache(maxsize=SHARDS_IN_MEMORY)(self._read_shard)
 
     def add(self, rows: list[dict[str, Any]]) -> None:
@@ -58,12 +63,15 @@ class AnswerStore:
         paths = sorted(path for path in self.folder.glob("*.jsonl") if path.name not in known)
         read = [self._best]
         for path in tqdm(paths, desc="Reading answers", unit=" shards", delay=2, leave=False):
-            entries = _entries(path, len(self._names))
-            if entries is None:
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() != path.stem:  # not what was written
                 _set_aside(path)
-            else:
-                self._names.append(path.name)
-                read.append(entries)
+                continue
+            rows = list(_rows(content, len(self._names)))
+            self._names.append(path.name)
+            read.append(np.array([entry for entry, _, _ in rows], _ENTRY))
+            self.tokens += sum(tokens for _, tokens, _ in rows)
+            self.seconds += sum(seconds for _, _, seconds in rows)
         if len(read) > 1:
             entries = np.concatenate(read)
             read.clear()  # a million answers take 22 MB, each time
@@ -96,19 +104,13 @@ class AnswerStore:
         return (self.folder / name).read_bytes()
 
 
-def _entries(path: Path, shard: int) -> np.ndarray | None:
-    """Where each answer of a shard stands; `None` if the file is not what was written."""
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != path.stem:
-        return None
-    return np.fromiter(_rows(content, shard), _ENTRY)
-
-
-def _rows(content: bytes, shard: int) -> Iterator[tuple]:
+def _rows(content: bytes, shard: int) -> Iterator[tuple[tuple, float, float]]:
+    """Where each answer of a shard stands, and its tokens and seconds."""
     offset = 0
     for line in content.splitlines(keepends=True):
         row = json.loads(line)
-        yield int(row["key"], 16), row["complete"], row["attempt"], shard, offset
+        entry = int(row["key"], 16), row["complete"], row["attempt"], shard, offset
+        yield entry, row.get("tokens", math.nan), row.get("seconds", math.nan)
         offset += len(line)
 
 

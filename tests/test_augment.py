@@ -223,7 +223,8 @@ def test_the_folder_holds_a_row_for_each_text_in_the_collections_order(make_augm
 
 def test_the_manifest_says_where_the_answers_come_from(make_augmenter, small, tmp_path):
     prompt_set = replace(PROMPT_SET, max_document_tokens=16)
-    manifest = make_augmenter(prompt_set).augment_collection(small, tmp_path)
+    augmenter = make_augmenter(prompt_set)
+    manifest = augmenter.augment_collection(small, tmp_path)
     assert manifest == json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["model"] == "tiny"
     assert manifest["revision"] == "1"
@@ -232,6 +233,8 @@ def test_the_manifest_says_where_the_answers_come_from(make_augmenter, small, tm
     assert manifest["collection"] == "advice"
     assert {"coaug-trl", "transformers", "torch"} <= set(manifest["versions"])
     queries, documents = (read_rows(tmp_path / name) for name in ANSWER_FILES)
+    costs = {side: counts.pop("cost") for side, counts in manifest["sides"].items()}
+    assert all(costs[side]["tokens"] == augmenter.throughput[side].tokens > 0 for side in costs)
     assert manifest["sides"]["query"] == {
         "texts": 8,
         "empty": sum(row["augmentation"] == "" for row in queries),
@@ -278,6 +281,28 @@ def test_interrupted_work_is_taken_up_where_it_stopped(make_augmenter, small, tm
     # again only what was being written
     assert (generated - Counter(whole.engine.generated)).total() <= interrupted.engine.width
     assert folder_content(tmp_path / "resumed") == folder_content(tmp_path / "whole")
+
+
+def test_the_manifest_counts_what_all_answers_cost_also_over_an_interruption(make_augmenter, small, tmp_path):
+    interrupted, resumed = make_augmenter(), make_augmenter()
+    interrupted.engine.interrupt_at = 7
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.augment_collection(small, tmp_path, ["document"])
+    manifest = resumed.augment_collection(small, tmp_path, ["document"])
+    whole = make_augmenter()
+    whole.augment_collection(small, tmp_path / "whole", ["document"])
+    cost = manifest["sides"]["document"]["cost"]
+    assert cost["tokens"] == whole.throughput["document"].tokens > resumed.throughput["document"].tokens
+    assert cost["seconds"] >= 0
+    # an earlier version did not write it down
+    (shard, *_) = (tmp_path / "documents.shards").iterdir()
+    rows = read_rows(shard)
+    shard.unlink()
+    content = "".join(
+        json.dumps({k: v for k, v in row.items() if k not in ("tokens", "seconds")}) + "\n" for row in rows
+    )
+    (shard.parent / f"{hashlib.sha256(content.encode()).hexdigest()}.jsonl").write_text(content)
+    assert "cost" not in resumed.augment_collection(small, tmp_path, ["document"])["sides"]["document"]
 
 
 def test_a_second_call_changes_nothing(make_augmenter, small, tmp_path):

@@ -44,6 +44,11 @@ def is_quiet() -> bool:
     return _settings["quiet"]
 
 
+def is_json() -> bool:
+    """Whether standard output is to hold JSON alone."""
+    return _settings["json"]
+
+
 def say(text: object = "") -> None:
     """Prints what goes on: nothing with `--quiet`, and beside the results with `--json`."""
     if not _settings["quiet"]:

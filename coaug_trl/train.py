@@ -23,7 +23,7 @@ from .errors import InputError, TrainingStopped
 from .plan import print_plan
 from .prompts import PromptSet
 from .retrieval import Retriever, make_retriever
-from .terminal import describe_seconds, is_quiet, say, show
+from .terminal import describe_seconds, is_json, is_quiet, say, show
 from .trackers import check_trackers
 from .trainer import CoAugTrainer
 
@@ -295,7 +295,7 @@ def make_trainer(
     if not training_args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(CompactProgressCallback)
-    if is_quiet():
+    if is_quiet() or is_json():
         trainer.remove_callback(PrinterCallback)
     return trainer
 

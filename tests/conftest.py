@@ -93,6 +93,15 @@ def make_tiny_model(folder: Path, texts: list[str], chat: bool = True, hidden_si
     return folder
 
 
+@pytest.fixture(autouse=True)
+def restore_environment():
+    """A command's --quiet is for the libraries of its process, which is that of all tests here."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def beir_folder(tmp_path_factory) -> Path:
     return write_beir_collection(tmp_path_factory.mktemp("collections") / "advice")
@@ -183,9 +192,12 @@ def teach_answers(folder: Path, texts: list[str], steps: int = 150, learning_rat
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
-    """A headless browser; Debian's package, since Playwright's own download is not to be assumed."""
+    """
+    A headless browser; Debian's package, since Playwright's own download is not to be assumed. While it is there an
+    event loop runs in this thread, which other tests must not meet.
+    """
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None:
         pytest.skip("no Chromium; install Debian's package chromium")

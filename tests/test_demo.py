@@ -501,7 +501,7 @@ def test_a_space_runs_as_it_stands(space, folder, policy, chromium, tmp_path):
             )
             assert sides.nth(1).locator("li.relevant").count() > 0
             process.send_signal(signal.SIGINT)  # Ctrl-C, while a browser is connected
-            assert process.wait(timeout=20) == 0
+            assert process.wait(timeout=100) == 0
             page.close()
             assert "Traceback" not in process.stderr.read()
         finally:

@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM = false
 .PHONY: help install quickstart quickstart-dense test test-slow test-vllm docs style quality
 
 help:
-	@echo "make quickstart   train a tiny policy and watch retrieval improve (about 4 minutes on 2 cores)"
+	@echo "make quickstart   train a tiny policy and watch retrieval improve (about 3 minutes on 2 cores)"
 	@echo "make quickstart-dense   the same for a dense retriever (about 9 minutes)"
 	@echo "make test         run the tests; make test-slow runs the long ones"
 	@echo "make test-vllm    run the tests of training and augmenting with vLLM, on the CPU, in .venv-vllm (4 GB)"

@@ -38,8 +38,8 @@ from .engines import (
 )
 from .errors import InputError
 from .files import write_json, write_jsonl
-from .hub import commit_of, policy_folder
-from .policy import GenerationSettings, PolicySettings, folder_hash, package_versions
+from .hub import fingerprint, policy_folder
+from .policy import GenerationSettings, PolicySettings, package_versions
 from .prompts import PromptSet, answer_so_far, extract_answer, has_answer
 from .store import AnswerStore
 from .terminal import describe_seconds
@@ -268,7 +268,7 @@ class Augmenter:
             model = TransformersEngine.load(source, tokenizer, batch_size, dtype=dtype, **kwargs)
         else:
             raise InputError(f"There is no engine {engine!r}; use {' or '.join(ENGINES)}.")
-        revision = _revision_of(source, revision)
+        revision = fingerprint(source, revision)
         return cls(
             model, tokenizer, settings, batch_size, name=os.path.normpath(model_name_or_path), revision=revision
         )
@@ -451,6 +451,7 @@ class Augmenter:
         self.settings.prompt_set.check_sides(sides)
         manifest = {
             "model": self.name,
+            "model_is_folder": Path(self.name).is_dir(),
             "revision": self.revision,
             "prompt_hash": self.settings.prompt_set.hash,
             "generation": asdict(self.settings.generation),
@@ -464,6 +465,7 @@ class Augmenter:
         if previous is not None:
             _refuse_mixture(output_dir, previous, manifest)
             manifest["model"], manifest["sides"] = previous["model"], previous["sides"]
+            manifest["model_is_folder"] = previous.get("model_is_folder", Path(previous["model"]).is_dir())
             manifest["engines"] = sorted({*previous.get("engines", []), *manifest["engines"]})
         for side in sides:
             for suffix in (".texts.jsonl", ".partial.jsonl"):
@@ -640,9 +642,10 @@ def _settings_for(
     if trained is None:
         return PolicySettings(prompt_set or PromptSet.default("sparse"), generation or GenerationSettings())
     if prompt_set is not None and prompt_set.hash != trained.prompt_set.hash:
+        differences = ", ".join(trained.prompt_set.differences(prompt_set))
         raise InputError(
             f"{model_name_or_path} was trained with the prompt set {trained.prompt_set.hash}, not {prompt_set.hash}; "
-            "leave the prompt set out to use its own."
+            f"they differ in {differences}; leave the prompt set out to use its own."
         )
     if generation is not None and generation != trained.generation:
         raise InputError(
@@ -659,11 +662,3 @@ def _refuse_mixture(folder: Path, previous: dict[str, Any], manifest: dict[str, 
                 f"{folder} holds augmentations with {key} {previous.get(key)!r}, and these would have "
                 f"{manifest[key]!r}; choose another folder, or delete this one."
             )
-
-
-def _revision_of(model_name_or_path: str, revision: str | None) -> str | None:
-    """Fingerprint of a folder's weights, or the commit of a model on the Hub."""
-    if Path(model_name_or_path).is_dir():
-        # Where a server has the weights, the folder may hold the tokenizer only.
-        return folder_hash(model_name_or_path) or revision
-    return commit_of(model_name_or_path, revision) or revision

@@ -56,10 +56,12 @@ class AugmentedCollection:
         answers = {}
         for side in sides:
             path = folder / FILES[side]
-            if path.is_file() or path.with_suffix("").is_dir():
+            if side in manifest["sides"] and (path.is_file() or path.with_suffix("").is_dir()):
                 answers[side] = {row["_id"]: row["augmentation"] for row in read_rows(path)}
             elif path.with_suffix(".shards").is_dir() or path.with_suffix(".partial.jsonl").is_file():
                 raise InputError(f"{path} was begun but not finished; run coaug augment again to go on.")
+            elif side in manifest["sides"]:
+                raise InputError(f"{name}: {path.name} is missing there; restore it, or run coaug augment again.")
         if not answers:
             wanted = " or ".join(FILES[side] for side in sides)
             raise InputError(f"{folder}: there is no {wanted} yet; make them with coaug augment.")
@@ -142,7 +144,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error}); restore it, or augment again into another folder.") from None
-    if not isinstance(manifest, dict) or not manifest.keys() >= {"model", *IDENTITY, "retriever", "sides"}:
+    wanted = {"model", *IDENTITY, "retriever", "sides"}
+    if (
+        not isinstance(manifest, dict)
+        or not manifest.keys() >= wanted
+        or not all(isinstance(manifest[key], dict) for key in ("generation", "retriever", "sides"))
+    ):
         raise InputError(f"{path}: not the manifest of augmentations; choose another folder.")
     return manifest
 
@@ -153,18 +160,26 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         from pyarrow import parquet
 
         for part in sorted(path.with_suffix("").glob("*.parquet")):
-            yield from parquet.read_table(part, columns=list(_ANSWER_KEYS)).to_pylist()
+            try:
+                yield from map(_check_row, parquet.read_table(part, columns=list(_ANSWER_KEYS)).to_pylist())
+            except (ValueError, TypeError) as error:  # Arrow's own errors are ValueErrors
+                raise InputError(
+                    f"{part}: not rows of {', '.join(_ANSWER_KEYS)} ({error}); push the augmentations again."
+                ) from None
         return
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                row = json.loads(line)
-                if not isinstance(row["_id"], str) or not isinstance(row["augmentation"], str):
-                    raise TypeError
-                row = {key: row[key] for key in _ANSWER_KEYS}
+                row = _check_row(json.loads(line))
             except (ValueError, KeyError, TypeError):
                 raise InputError(
                     f"{path}, line {number}: not a row of {', '.join(_ANSWER_KEYS)}; delete the file and run coaug "
                     "augment again, which writes it from what is recorded."
                 ) from None
             yield row
+
+
+def _check_row(row: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(row["_id"], str) or not isinstance(row["augmentation"], str):
+        raise TypeError(f"_id is {row['_id']!r}, augmentation is {row['augmentation']!r}")
+    return {key: row[key] for key in _ANSWER_KEYS}

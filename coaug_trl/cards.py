@@ -12,12 +12,13 @@ import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from .compare import FORMATS, LETTERS, Cell, Comparison, Table, escape_markdown, format_p
+from .hub import CURVES_FILE
+from .names import is_hub_id, last_part, without_folders
 from .prompts import TEXT_TYPES
-from .record import Evaluated, RunRecord
+from .record import Evaluated, RunRecord, license_of
 from .terminal import describe_seconds
 
 
-CURVES_FILE = "reward.png"
 PAPER = "https://huggingface.co/papers/2506.18670"
 TAGS = ("trl", "coaug", "information-retrieval")
 PAPER_TAG = "arxiv:2506.18670"
@@ -71,13 +72,14 @@ def model_card(record: RunRecord, repo_id: str) -> ModelCard:
     """
     settings = record.settings
     comparisons = [(group, _compare(record, group)) for group in record.comparable]
-    license_fields = _base_license(record)
+    held_out = [pair for pair in comparisons if _why_seen(record, pair[0]) is None]
+    license_fields = record.training.get("base_license") or license_of(record.training.get("base_model"))
     sections = [
         f"# {escape_markdown(repo_id.split('/')[-1])}",
         _what_it_does(record),
-        _headline(comparisons),
+        _headline(held_out),
         _section("Use", *_use(record, repo_id)),
-        _section("Results", *_results(comparisons)),
+        _section("Results", *_results(record, comparisons)),
         _section("Training", *_training(record)),
         _section("Data", _data(record)),
         _section("Prompts", *_prompts(record)),
@@ -89,7 +91,7 @@ def model_card(record: RunRecord, repo_id: str) -> ModelCard:
     data = ModelCardData(
         base_model=record.training["base_model"] if _base_is_on_hub(record) else None,
         base_model_relation=("adapter" if record.adapter else "finetune") if _base_is_on_hub(record) else None,
-        datasets=[name] if _on_hub(name := record.training.get("collection", "")) else None,
+        datasets=[name] if is_hub_id(name := record.training.get("collection", "")) else None,
         library_name="peft" if record.adapter else "transformers",
         pipeline_tag="text-generation",
         tags=[
@@ -99,7 +101,7 @@ def model_card(record: RunRecord, repo_id: str) -> ModelCard:
             PAPER_TAG,
         ],
         model_name=repo_id.split("/")[-1],
-        eval_results=_eval_results(comparisons) or None,
+        eval_results=_eval_results(held_out) or None,
         **license_fields,
     )
     if data.eval_results is None:
@@ -257,18 +259,31 @@ def _compare(record: RunRecord, group: Sequence[Evaluated]) -> Comparison | None
     return record.compare(group) if group[-1].system == "policy" and len(group) <= len(LETTERS) else None
 
 
-def _results(comparisons: list[tuple[list[Evaluated], Comparison | None]]) -> Iterable[str]:
+def _why_seen(record: RunRecord, group: list[Evaluated]) -> str | None:
+    """What the run has learnt of the queries of an evaluation, which is then no result; `None` if nothing."""
+    training = record.training
+    collection, split, _ = group[0].key
+    if collection != training.get("collection"):
+        return None
+    if split == training.get("train_split"):
+        return "the model was trained on these queries"
+    if split == training.get("eval_split") and training.get("arguments", {}).get("load_best_model_at_end"):
+        return "the checkpoint was chosen by these queries"
+    return None
+
+
+def _results(record: RunRecord, comparisons: list[tuple[list[Evaluated], Comparison | None]]) -> Iterable[str]:
     if not comparisons:
         yield "No evaluation was published with this model; `coaug evaluate` makes one."
     for group, comparison in comparisons:
-        yield FORMATS["markdown"](_means_table(group))
+        yield FORMATS["markdown"](_means_table(group, _why_seen(record, group)))
         if comparison:
             yield FORMATS["markdown"](_tests_table(group, comparison))
     if comparisons:
         yield "Runs, judgments and the values of each query are in `evaluations/`."
 
 
-def _means_table(group: list[Evaluated]) -> Table:
+def _means_table(group: list[Evaluated], seen: str | None) -> Table:
     measures = [
         name for name in group[-1].evaluation.measures if all(name in each.evaluation.metrics for each in group)
     ]
@@ -284,7 +299,8 @@ def _means_table(group: list[Evaluated]) -> Table:
         rows.append([*texts, *[Cell(retriever)] * differ, *values, *counts])
     header = ["system", "augmented", *["retriever"] * differ, *measures, "queries", "without hits"]
     title = (
-        f"{_group_name(group)}: means over every judged query, of which those without hits count 0"
+        f"{_group_name(group)}: {f'no result, since {seen}; ' if seen else ''}means over every judged query, of which "
+        "those without hits count 0"
         + f"; {retrievers[0]}" * (not differ)
         + "; other systems have the names of their folders" * any(each.system == "other" for each in group)
     )
@@ -336,7 +352,7 @@ def _eval_results(comparisons: list[tuple[list[Evaluated], Comparison | None]]) 
                 EvalResult(
                     task_type="text-retrieval",
                     task_name="Retrieval",
-                    dataset_type=_line(collection),
+                    dataset_type=_dataset_type(collection),
                     dataset_name=_group_name(group),
                     dataset_split=_line(split),
                     metric_type=_hub_metric(measure),
@@ -345,6 +361,13 @@ def _eval_results(comparisons: list[tuple[list[Evaluated], Comparison | None]]) 
                 )
             )
     return results
+
+
+def _dataset_type(collection: str) -> str:
+    """A collection's name as the Hub takes it, which knows no colon, blank or second slash."""
+    if re.fullmatch(r"([\w-]+/)?[\w.-]+", collection, re.ASCII):
+        return collection
+    return re.sub(r"[^\w.-]+", "-", collection, flags=re.ASCII).strip("-") or "collection"
 
 
 def _hub_metric(measure: str) -> str:
@@ -367,7 +390,7 @@ def _training(record: RunRecord) -> Iterable[str]:
     arguments = record.training.get("arguments")
     if arguments:
         yield "Arguments that differ from the defaults of `CoAugConfig`:"
-        yield _fence(yaml.safe_dump(_without_paths(arguments), sort_keys=False, allow_unicode=True).strip(), "yaml")
+        yield _fence(yaml.safe_dump(without_folders(arguments), sort_keys=False, allow_unicode=True).strip(), "yaml")
 
 
 def _training_rows(record: RunRecord) -> Iterable[tuple[str, str]]:
@@ -433,7 +456,7 @@ def _prompts(record: RunRecord) -> Iterable[str]:
 
 
 def _settings_table(retriever: dict[str, Any], generation: dict[str, Any]) -> str:
-    rows = [(name, _line(_without_paths(value))) for name, value in retriever.items() if value is not None]
+    rows = [(name, _line(without_folders(value, name))) for name, value in retriever.items() if value is not None]
     rows += [("generation", "greedy"), *((name, _line(value)) for name, value in generation.items())]
     return _table(["setting", "value"], rows)
 
@@ -455,7 +478,10 @@ def _limits(record: RunRecord, comparisons: list[tuple[list[Evaluated], Comparis
             "alone may be worse than none."
         )
     evaluated = [group for group, _ in comparisons if group[-1].system == "policy"]
-    if evaluated:
+    for group in evaluated:
+        if seen := _why_seen(record, group):
+            yield f"The values on {escape_markdown(_group_name(group))} are no result: {seen}."
+    if evaluated := [group for group in evaluated if not _why_seen(record, group)]:
         names = ", ".join(escape_markdown(_group_name(group)) for group in evaluated)
         yield f"Retrieval was measured on {names} and on nothing else."
     else:
@@ -487,20 +513,6 @@ def _cost(record: RunRecord) -> str:
 # Base model and licence
 
 
-def _base_license(record: RunRecord) -> dict[str, str]:
-    """Licence fields of the card of the base model, where that lies in a folder that has one."""
-    path = Path(record.training.get("base_model", "")) / "README.md"
-    if not record.training.get("base_model") or not path.is_file():
-        return {}
-    try:
-        data = ModelCard.load(path, ignore_metadata_errors=True).data
-    except (ValueError, yaml.YAMLError):  # a card without readable metadata states no licence
-        return {}
-    names = ("license", "license_name", "license_link")
-    found = {name: data.get(name) for name in names if isinstance(data.get(name), str)}
-    return found if "license" in found else {}
-
-
 def _license(record: RunRecord, fields: dict[str, str]) -> str:
     if fields:
         stated = fields.get("license_name", fields["license"])
@@ -512,12 +524,12 @@ def _license(record: RunRecord, fields: dict[str, str]) -> str:
 def _base_is_on_hub(record: RunRecord) -> bool:
     # Runs of earlier versions do not say whether it was a folder.
     name = record.training.get("base_model", "")
-    return _on_hub(name) and not record.training.get("base_model_is_folder", Path(name).exists())
+    return is_hub_id(name) and not record.training.get("base_model_is_folder", Path(name).exists())
 
 
 def _base_text(record: RunRecord) -> str:
     name = record.training.get("base_model") or ""
-    return name if _base_is_on_hub(record) else f"{_line(Path(name).name)} (not on the Hub)"
+    return name if _base_is_on_hub(record) else f"{_line(last_part(name))} (not on the Hub)"
 
 
 def _base_name(record: RunRecord) -> str:
@@ -528,7 +540,7 @@ def _base_name(record: RunRecord) -> str:
     return (
         f"[{escape_markdown(name)}](https://huggingface.co/{name})"
         if _base_is_on_hub(record)
-        else (f"{_code(Path(name).name)}, which is not on the Hub")
+        else (f"{_code(last_part(name))}, which is not on the Hub")
     )
 
 
@@ -548,10 +560,10 @@ def augmentations_card(manifest: dict[str, Any], repo_id: str, with_texts: bool)
             Whether the texts that are augmented are published with them.
 
     Returns:
-        [`~huggingface_hub.DatasetCard`]: without the `configs` that `datasets` adds when it uploads.
+        [`~huggingface_hub.DatasetCard`]: with a configuration for each side, of the Parquet files in its folder.
     """
     sides = list(manifest["sides"])
-    collection, model = manifest["collection"], manifest["model"]
+    collection = manifest["collection"]
     columns = {
         "_id": "of the query or document in the collection",
         "augmentation": "what the model adds; empty where it added nothing",
@@ -586,7 +598,7 @@ def augmentations_card(manifest: dict[str, Any], repo_id: str, with_texts: bool)
     )
     sections = [
         f"# {escape_markdown(repo_id.split('/')[-1])}",
-        f"What {_link(model)} adds to the {_sides(sides)} of {_collection_link(collection)}, so that "
+        f"What {_link(manifest)} adds to the {_sides(sides)} of {_collection_link(collection)}, so that "
         f"{_retriever_text(manifest['retriever'])} finds documents that are worded differently from the query "
         f"([paper]({PAPER})).",
         _section(
@@ -620,8 +632,12 @@ def augmentations_card(manifest: dict[str, Any], repo_id: str, with_texts: bool)
         tags=[*TAGS, *(f"{side}-expansion" for side in sides), *_retriever_tag(manifest["retriever"]), PAPER_TAG],
         task_categories=["text-retrieval"],
         annotations_creators=["machine-generated"],
-        source_datasets=[collection] if _on_hub(collection) else None,
+        source_datasets=[collection] if is_hub_id(collection) else None,
         size_categories=[next((size for most, size in SIZES.items() if num_texts < most), "n>10M")],
+        configs=[
+            {"config_name": name, "data_files": [{"split": "train", "path": f"{name}/*.parquet"}]}
+            for name in map(SIDE_NAMES.get, sides)
+        ],
     )
     return DatasetCard(_with_metadata(data, sections))
 
@@ -648,8 +664,8 @@ def index_card(manifest: dict[str, Any], repo_id: str) -> ModelCard:
     bm25 = retriever["retriever"] == "bm25"
     command = f"coaug search --index {shlex.quote(repo_id)}"
     if augmentations:
-        model = augmentations["model"]
-        command += f" --model {shlex.quote(model) if _on_hub(model) else 'path/to/model'}"
+        model = shlex.quote(augmentations["model"]) if _model_on_hub(augmentations) else "path/to/model"
+        command += f" --model {model}"
     package = "coaug-trl" if bm25 else "coaug-trl[dense]"
     use = [_fence(f'pip install "{package}"\n{command} "what to search for"', "bash")]
     if bm25 and retriever["fields"] == "flat":
@@ -666,9 +682,9 @@ places, scores = index.retrieve(terms, k=10)  # places in document_ids.json""",
                 "python",
             ),
         ]
-    augmented = f", with what {_link(augmentations['model'])} added to them" if augmentations else ", as they are"
+    augmented = f", with what {_link(augmentations)} added to them" if augmentations else ", as they are"
     rows = [("collection", _line(collection)), ("documents", f"{manifest['num_documents']:,}")]
-    rows += [(name, _line(_without_paths(value))) for name, value in retriever.items() if value is not None]
+    rows += [(name, _line(without_folders(value, name))) for name, value in retriever.items() if value is not None]
     limits = ["The texts of the documents are part of the index; the licence of the collection applies to them."]
     if augmentations:
         limits += [
@@ -686,7 +702,7 @@ places, scores = index.retrieve(terms, k=10)  # places in document_ids.json""",
         _section("Citation", CITATION) if augmentations else None,
     ]
     data = ModelCardData(
-        datasets=[collection] if _on_hub(collection) else None,
+        datasets=[collection] if is_hub_id(collection) else None,
         library_name="bm25s" if bm25 else "sentence-transformers",
         tags=[*TAGS[1:], *_retriever_tag(retriever), *["bm25s"] * bm25, *[PAPER_TAG] * bool(augmentations)],
     )
@@ -694,12 +710,12 @@ places, scores = index.retrieve(terms, k=10)  # places in document_ids.json""",
 
 
 def _provenance(manifest: dict[str, Any]) -> str:
-    rows = [("model", _line(_short(manifest["model"])))]
+    rows = [("model", _line(_model_name(manifest)))]
     rows += [(name, _line(manifest[name])) for name in ("revision", "prompt_hash") if manifest.get(name)]
     rows += [("engine", _line(", ".join(manifest["engines"])))] if manifest.get("engines") else []
     rows += [("generation", "greedy"), *((name, _line(value)) for name, value in manifest["generation"].items())]
     rows += [
-        (f"retriever: {name}", _line(_without_paths(value)))
+        (f"retriever: {name}", _line(without_folders(value, name)))
         for name, value in manifest["retriever"].items()
         if value is not None
     ]
@@ -707,12 +723,13 @@ def _provenance(manifest: dict[str, Any]) -> str:
     return _table(["", "setting"], rows)
 
 
-def _link(model: str) -> str:
-    return f"[{escape_markdown(model)}](https://huggingface.co/{model})" if _on_hub(model) else _code(_short(model))
+def _link(manifest: dict[str, Any]) -> str:
+    name = _model_name(manifest)
+    return f"[{escape_markdown(name)}](https://huggingface.co/{name})" if _model_on_hub(manifest) else _code(name)
 
 
 def _collection_link(name: str) -> str:
-    return f"[{escape_markdown(name)}](https://huggingface.co/datasets/{name})" if _on_hub(name) else _code(name)
+    return f"[{escape_markdown(name)}](https://huggingface.co/datasets/{name})" if is_hub_id(name) else _code(name)
 
 
 def _retriever_text(retriever: dict[str, Any]) -> str:
@@ -785,25 +802,20 @@ def _fence(text: str, language: str) -> str:
 # Names
 
 
-def _on_hub(name: str) -> bool:
-    """Whether a name is that of a repository rather than of a folder."""
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not Path(name).exists()
-
-
 def _loadable(name: str) -> bool:
     """Whether `--collection` takes the name anywhere, since it is not that of a folder."""
-    return _on_hub(name) or name.startswith("irds:") or name == "vocabulary-gap"
+    return is_hub_id(name) or name.startswith("irds:") or name == "vocabulary-gap"
+
+
+def _model_name(manifest: dict[str, Any]) -> str:
+    return manifest["model"] if _model_on_hub(manifest) else last_part(manifest["model"])
+
+
+def _model_on_hub(manifest: dict[str, Any]) -> bool:
+    """Whether the model of a manifest is one of the Hub; older manifests do not say whether it was a folder."""
+    return is_hub_id(manifest["model"]) and not manifest.get("model_is_folder")
 
 
 def _short(name: str) -> str:
     """A model's name: that of a folder without the path to it."""
-    return name if _on_hub(name) else Path(name).name
-
-
-def _without_paths(value: Any) -> Any:
-    """A setting without the machine it was used on: of a path, its last part."""
-    if isinstance(value, dict):
-        return {name: _without_paths(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_paths(each) for each in value]
-    return _short(value) if isinstance(value, str) and "/" in value else value
+    return without_folders(name, "model")

@@ -18,8 +18,10 @@ _VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line"} | {
 }
 # Told apart by more than their colour.
 _DASHES = ((), (5, 2), (1.5, 1.8))
-# Lines with as many points as this show each of them.
+# Lines with as many points as this mark each of them.
 _FEW = 15
+# About as many as can be told apart: points of a line, and queries side by side.
+_POINTS, _QUERIES = 400, 1000
 
 
 def draw_lines(
@@ -58,6 +60,7 @@ def draw_lines(
     with _style(name):
         figure, axes = _figure()
         values = [value for points in series.values() for _, value in points]
+        series = {label: _thin(points) for label, points in series.items()}
         for (_, points), colour, dashes in zip(series.items(), SERIES, _DASHES, strict=False):
             few = {"marker": "o", "markersize": 4} if len(points) <= _FEW else {}
             axes.plot(*zip(*points, strict=True), color=colour, linewidth=2, dashes=dashes, clip_on=False, **few)
@@ -111,10 +114,12 @@ def draw_gains(name: str, title: str, description: str, changes: Sequence[float]
     with _style(name):
         figure, axes = _figure()
         changes = np.sort(changes)[::-1]
-        edges = np.arange(len(changes) + 1)
         gain, loss = SERIES[:2]
         better, worse = int((changes > 0).sum()), int((changes < 0).sum())
-        for part, colour in ((changes.clip(min=0), gain), (changes.clip(max=0), loss)):
+        # of many queries every so many-th, the first and the last among them
+        shown = changes[np.linspace(0, len(changes) - 1, min(len(changes), _QUERIES)).round().astype(int)]
+        edges = np.linspace(0, len(changes), len(shown) + 1)
+        for part, colour in ((shown.clip(min=0), gain), (shown.clip(max=0), loss)):
             axes.stairs(part, edges, fill=True, color=colour, linewidth=0)
         axes.axhline(0, color=INK, linewidth=1)
         top, bottom = max(changes.max(), 0), min(changes.min(), 0)
@@ -173,6 +178,17 @@ def _figure():
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
     return figure, axes
+
+
+def _thin(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Of a line with many points the first, the last, and the least and the greatest of every stretch."""
+    if len(points) <= _POINTS:
+        return points
+    kept = {0, len(points) - 1}
+    for stretch in np.array_split(np.arange(len(points)), _POINTS // 2):
+        by_value = sorted(stretch.tolist(), key=lambda place: points[place][1])
+        kept |= {by_value[0], by_value[-1]}
+    return [points[place] for place in sorted(kept)]
 
 
 def _spread(places: Sequence[float], gap: float) -> list[float]:

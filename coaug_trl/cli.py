@@ -19,7 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
             Command line; defaults to that of the process.
 
     Returns:
-        `int`: exit code: 0, 1 for training that stopped itself, 2 for bad input, 130 when interrupted.
+        `int`: exit code: 0, 1 for training that stopped itself, 2 for bad input, 130 when interrupted, 141 when nobody reads
+        what it prints.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["train"]:  # its options are those of three dataclasses, which TRL's parser reads
@@ -45,10 +46,14 @@ def run_command(command: Callable[[], None], resumes: bool = False) -> int:
     """Runs a command; bad input and interruption end in one line on standard error rather than a traceback."""
     try:
         command()
+        sys.stdout.flush()  # a pipe that is closed says so now
     except InputError as error:
         # libraries put line breaks into the messages that ours quote
         terminal.error(" ".join(line.strip() for line in str(error).splitlines()))
         return 2
+    except BrokenPipeError:  # its reader has seen enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if error.filename is None and not full:  # not about a file the user named
@@ -89,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         "--side", choices=["query", "document", "both"], help="default: what the policy was trained on, else both"
     )
     augment.add_argument("--output", required=True, metavar="DIR", help="folder of the augmentations")
-    augment.add_argument("--retriever", choices=["bm25", "dense"], default="bm25", help=_UNTRAINED.format("bm25"))
+    augment.add_argument("--retriever", choices=["bm25", "dense"], help=_UNTRAINED.format("bm25"))
     augment.add_argument("--prompt_set", metavar="FILE", help=_UNTRAINED.format("the package's"))
     augment.add_argument("--max_new_tokens", type=int, help=_UNTRAINED.format("512"))
     augment.add_argument("--repetition_penalty", type=float, help=_UNTRAINED.format("1.2"))

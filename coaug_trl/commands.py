@@ -50,6 +50,11 @@ def augment(options: argparse.Namespace) -> None:
     trained = PolicySettings.load(policy_folder(options.model, options.revision))
     prompt_set = PromptSet.load(options.prompt_set) if options.prompt_set else None
     generation = _generation(options)
+    if trained and options.retriever not in (None, trained.retriever.get("retriever")):
+        theirs = trained.retriever.get("retriever", "none")
+        raise InputError(
+            f"--retriever is {options.retriever}, and {options.model} is a policy for {theirs}; leave it out."
+        )
     if trained is None:
         prompt_set = prompt_set or PromptSet.default("dense" if options.retriever == "dense" else "sparse")
     augmenter = Augmenter.from_pretrained(
@@ -370,7 +375,7 @@ def _push_space(options: argparse.Namespace) -> None:
         folder = temporary if options.dry_run else options.space
         paths = write_space(folder, options.folder, options.model, judged)
         if options.repo_id or options.dry_run:
-            _push_upload(prepare_space(folder), options)
+            _push_upload(prepare_space(folder, paths), options)
         else:
             show(
                 {"folder": options.space, "files": len(paths)},
@@ -428,10 +433,12 @@ def report(options: argparse.Namespace) -> None:
 
 
 def demo(options: argparse.Namespace) -> None:
-    from .demo import Demo, JudgedQueries, check_address, import_gradio
+    from .demo import Demo, JudgedQueries, check_address, check_model, import_gradio
     from .search import SearchIndex
 
     check_address(options.host, options.port)
+    if options.model:
+        check_model(options.model)
     import_gradio()  # rather now than after the loading
     index = SearchIndex.load(options.index)
     judged = JudgedQueries.load(options.collection, options.split, index) if options.collection else None

@@ -12,19 +12,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 from tqdm.auto import tqdm
 
 from .errors import InputError
-from .evaluation import TEXTS_FILE, Evaluation, compare, load_evaluation
+from .evaluation import TEXTS_FILE, Evaluation, compare_differences, load_evaluation
 from .examples import Example, Piece, Side, read_examples
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SIGNIFICANT = 0.01
 EXAMPLES = 3
+# In a narrow terminal: what a column of names may be folded to, and what stands between two columns.
+NAME_WIDTH, GAP = 20, 2
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Pair:
             Place of the other.
         mean_difference (`float`):
             Mean of the differences.
+        interval (`tuple[float, float]`):
+            Its 95 % confidence interval by Student's t, not corrected; not numbers for a single query.
         effect_size (`float`):
             Cohen's d_z, the mean of the differences in units of their standard deviation: infinite where every query
             differs by the same, not a number for a single query.
@@ -64,6 +69,7 @@ class Pair:
     earlier: int
     later: int
     mean_difference: float
+    interval: tuple[float, float]
     effect_size: float
     wins: int
     ties: int
@@ -97,6 +103,12 @@ class Comparison:
     pairs: list[Pair]
     examples: list[Example] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def family(self) -> str:
+        """What p-values are corrected for, in words."""
+        count = math.comb(len(self.names), 2)
+        return "the one pair of systems" if count == 1 else f"the {count} pairs of systems, measure by measure"
 
     def means(self, measure: str) -> list[float]:
         """Mean of a measure for each system."""
@@ -133,6 +145,26 @@ class Comparison:
         gained = [query_id for query_id in by_change[:EXAMPLES] if last[query_id] > first[query_id]]
         lost = [query_id for query_id in by_change[: -EXAMPLES - 1 : -1] if last[query_id] < first[query_id]]
         return [(query_id, first[query_id], last[query_id]) for query_id in gained + lost]
+
+    def between(self, earlier: int, later: int) -> "Comparison":
+        """
+        Two of the systems, without examples; p-values stay corrected for all pairs of this comparison.
+
+        Args:
+            earlier (`int`):
+                Place of the system that was listed first.
+            later (`int`):
+                Place of the other.
+
+        Returns:
+            [`Comparison`]: of these two.
+        """
+        places = (earlier, later)
+        return Comparison(
+            names=[self.names[place] for place in places],
+            values={measure: [values[place] for place in places] for measure, values in self.values.items()},
+            pairs=[replace(pair, earlier=0, later=1) for pair in self.pairs if (pair.earlier, pair.later) == places],
+        )
 
     def content(self) -> dict[str, Any]:
         """Means, tests of all pairs, and the queries that changed most by the first measure, for JSON."""
@@ -203,7 +235,7 @@ class Comparison:
         num_queries = len(self.values[measures[0]][0])
         title = (
             f"Means over {num_queries:,} queries; superscripts: systems it beats "
-            f"(paired t test, Holm-corrected p < {SIGNIFICANT})"
+            f"(paired t test, p < {SIGNIFICANT} after Holm's correction for {self.family})"
         )
         return Table(title, ["", "system", *measures], rows, left=2)
 
@@ -221,13 +253,15 @@ class Comparison:
             for row in places
         ]
         title = (
-            f"{measure}: is the row better (+) or worse (-) than the column, with the Holm-corrected p of the t test"
+            f"{measure}: is the row better (+) or worse (-) than the column, with p of the paired t test after Holm's "
+            f"correction for {self.family}"
         )
         return Table(title, ["", "system", *(LETTERS[place] for place in places)], rows, left=2)
 
     def pairs_table(self, measure: str) -> "Table":
         return Table(
-            f"{measure}: all pairs; w/t/l: wins, ties, losses of the pair's first; p before and after Holm's correction",
+            f"{measure}: all pairs; w/t/l: wins, ties, losses of the pair's first; p of the paired t test and of "
+            f"Fisher's randomisation test, each before and after Holm's correction for {self.family}",
             ["pair", "difference", "d_z", "w/t/l", "p t", "Holm", "p Fisher", "Holm"],
             [_pair_row(pair) for pair in self.pairs if pair.measure == measure],
             left=1,
@@ -245,7 +279,9 @@ class Comparison:
         return Table(title, ["query", self.names[0], self.names[-1], "change"], rows, left=1)
 
 
-def compare_folders(folders: Sequence[str | Path], measures: Iterable[str] | None = None) -> Comparison:
+def compare_folders(
+    folders: Sequence[str | Path], measures: Iterable[str] | None = None, examples: bool = True
+) -> Comparison:
     """
     Compares evaluation folders pair by pair.
 
@@ -254,6 +290,8 @@ def compare_folders(folders: Sequence[str | Path], measures: Iterable[str] | Non
             Two to 26 folders that [`~coaug_trl.evaluation.save_evaluation`] wrote, the baseline first.
         measures (`Iterable[str]`, *optional*):
             Measures to compare by; defaults to those of the first folder that all have.
+        examples (`bool`, *optional*, defaults to `True`):
+            Whether to read examples of the first system and the last.
 
     Returns:
         [`Comparison`]: systems are named by their folders.
@@ -302,33 +340,30 @@ def compare_folders(folders: Sequence[str | Path], measures: Iterable[str] | Non
     }
     places = list(combinations(range(len(folders)), 2))
     pairs = []
-    with tqdm(total=len(measures) * len(places), desc="Testing", delay=2, leave=False) as progress:
-        for measure in measures:
-            tests = []
-            for earlier, later in places:
-                tests.append(compare(values[measure][later], values[measure][earlier]))
-                progress.update()
-            corrected = {name: holm([test[name] for test in tests]) for name in ("p_t_test", "p_randomization")}
-            for i, (earlier, later) in enumerate(places):
-                test = {name: value for name, value in tests[i].items() if name != "num_queries"}
-                pairs.append(
-                    Pair(
-                        measure=measure,
-                        earlier=earlier,
-                        later=later,
-                        effect_size=effect_size(values[measure][later], values[measure][earlier]),
-                        p_t_test_holm=corrected["p_t_test"][i],
-                        p_randomization_holm=corrected["p_randomization"][i],
-                        **test,
-                    )
+    for measure in tqdm(measures, desc="Testing", delay=2, leave=False):
+        matrix = np.array([list(each.values()) for each in values[measure]])
+        tests = compare_differences(np.stack([matrix[later] - matrix[earlier] for earlier, later in places], axis=1))
+        corrected = {name: holm([test[name] for test in tests]) for name in ("p_t_test", "p_randomization")}
+        for i, (earlier, later) in enumerate(places):
+            test = {name: value for name, value in tests[i].items() if name != "num_queries"}
+            pairs.append(
+                Pair(
+                    measure=measure,
+                    earlier=earlier,
+                    later=later,
+                    effect_size=effect_size(values[measure][later], values[measure][earlier]),
+                    p_t_test_holm=corrected["p_t_test"][i],
+                    p_randomization_holm=corrected["p_randomization"][i],
+                    **test,
                 )
+            )
     comparison = Comparison(names, values, pairs, notes=notes)
-    changes = comparison.changes(measures[0])
+    changes = comparison.changes(measures[0]) if examples else []
     without_texts = [folder for folder in (folders[0], folders[-1]) if not (Path(folder) / TEXTS_FILE).is_file()]
     if changes and without_texts:
         notes.append(f"no examples: {without_texts[0]} has no {TEXTS_FILE}; evaluate again with coaug evaluate")
     elif changes:
-        languages = [_language(evaluation) for evaluation in (first, evaluations[-1])]
+        languages = [language_of(evaluation) for evaluation in (first, evaluations[-1])]
         comparison = replace(comparison, examples=read_examples((folders[0], folders[-1]), changes, languages))
     return comparison
 
@@ -351,7 +386,7 @@ def _common_measures(
     return common, notes
 
 
-def _language(evaluation: Evaluation) -> str:
+def language_of(evaluation: Evaluation) -> str:
     """The language of the words that examples mark: BM25's, and English for other retrievers."""
     return evaluation.manifest.get("retriever", {}).get("language", "english")
 
@@ -464,17 +499,38 @@ _LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
 
 
 def _terminal(table: Table) -> str:
-    # Text, not str: rich takes square brackets and colons of a str for markup
-    rich_table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column, name in enumerate(table.header):
-        rich_table.add_column(Text(name), justify="left" if column < table.left else "right", overflow="fold")
-    for row in table.rows:
-        rich_table.add_row(
-            *(Text(cell.text + cell.superscript.translate(_SUPERSCRIPTS), "bold" * cell.bold) for cell in row)
-        )
+    """Names are folded where the terminal is narrow, numbers never: columns that do not fit follow below."""
     # In a file or a pipe nothing is folded.
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 1000)
-    return _print(console, Text(table.title), *[rich_table] * bool(table.rows))
+    lines = [table.header, *([cell.text + cell.superscript for cell in row] for row in table.rows)]
+    widths = [max(cell_len(line[column]) for line in lines) + GAP for column in range(len(table.header))]
+    names = list(range(table.left))
+    names_width = sum(min(widths[column], NAME_WIDTH) for column in names)
+    console.width = max(console.width, names_width + max(widths[table.left :], default=0))
+    room = console.width - names_width
+    blocks: list[list[int]] = [[]]
+    for column in range(table.left, len(table.header)):
+        if blocks[-1] and sum(widths[each] for each in blocks[-1]) + widths[column] > room:
+            blocks.append([])
+        blocks[-1].append(column)
+    tables = [_rich_table(table, names + block) for block in blocks] if table.rows else []
+    return _print(console, Text(table.title), *tables)
+
+
+def _rich_table(table: Table, columns: list[int]) -> RichTable:
+    # Text, not str: rich takes square brackets and colons of a str for markup
+    rich_table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in columns:
+        name = column < table.left
+        rich_table.add_column(
+            Text(table.header[column]), justify="left" if name else "right", overflow="fold", no_wrap=not name
+        )
+    for row in table.rows:
+        cells = [row[column] for column in columns]
+        rich_table.add_row(
+            *(Text(cell.text + cell.superscript.translate(_SUPERSCRIPTS), "bold" * cell.bold) for cell in cells)
+        )
+    return rich_table
 
 
 def _print(console: Console, *parts: Text | RichTable) -> str:

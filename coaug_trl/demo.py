@@ -2,11 +2,14 @@
 
 import errno
 import json
+import logging
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +23,7 @@ from .errors import InputError
 from .evaluation import evaluate_run
 from .examples import stems
 from .files import atomic_open, write_jsonl
+from .policy import ADAPTER_FILE
 from .retrieval import BM25Retriever, Retriever, make_retriever
 from .retrieval.analyzer import Analyzer
 from .search import DOCUMENTS_FILE, SearchIndex
@@ -34,7 +38,9 @@ MAX_QUERY = 500  # characters
 HITS = 10  # shown
 DEPTH = 1000  # ranked, as in an evaluation: ranks on the other side are known, and nDCG is that of coaug evaluate
 EXAMPLES = 6
-WAITING = 16  # searches that wait for the one that is running; more are turned away
+WAITING = 16  # searches that wait for the one that the model writes for; more are turned away
+SECONDS_BETWEEN_LOOKS = 0.2  # of those who wait
+ANSWER_SECONDS = 120  # the longest that the model writes for one query, also where nobody reads along any more
 MEASURE = "nDCG@10"
 QUERIES_FILE, QRELS_FILE = "queries.jsonl", "qrels.trec"
 
@@ -139,9 +145,38 @@ class Ranking(NamedTuple):
     seconds: dict[str, float]
 
 
+class Part(NamedTuple):
+    """
+    What changes on the page; `None` is what stays as it is.
+
+    Args:
+        augmentation (`str` or `None`):
+            HTML of what the model adds.
+        results (`str` or `None`):
+            HTML of both sides.
+        status (`str` or `None`):
+            A sentence for those who hear the page.
+    """
+
+    augmentation: str | None
+    results: str | None
+    status: str | None
+
+
+@dataclass(eq=False)
+class _Visit:
+    """A search that stands in line; `visitor` is who asked for it."""
+
+    visitor: str | None
+
+
 class Demo:
     """
     Searches an index with and without augmentation, and shows both on a page.
+
+    Whoever reaches the page can keep the model busy: input, waiting searches and their time are bounded, visitors are
+    not told apart. It is for this machine or people one knows; on the open internet it belongs behind something that
+    lets in and limits its visitors.
 
     Args:
         index ([`~coaug_trl.search.SearchIndex`]):
@@ -175,6 +210,8 @@ class Demo:
         self.judged = judged or JudgedQueries({}, {})
         self.analyzer = Analyzer(index.retriever.config.get("language", "english"))
         self._page: gradio.Blocks | None = None
+        self._line: list[_Visit] = []  # the model writes for the first
+        self._step = threading.Lock()  # neither stemmers nor encoders may be used by two threads at once
 
     @classmethod
     def load(
@@ -211,7 +248,7 @@ class Demo:
             plain.index(_read_all_documents(index))
         return cls(index, augmenter, plain, judged)
 
-    def answer(self, query: str) -> Iterator[tuple[str, str | None]]:
+    def answer(self, query: str) -> Iterator[Part]:
         """
         Searches for a query.
 
@@ -220,35 +257,87 @@ class Demo:
                 What was typed.
 
         Returns:
-            `Iterator[tuple[str, str | None]]`: HTML of the augmentation and of the results, as they come; `None` for
-            results that have not changed.
+            `Iterator[Part]`: what is found without the model, the augmentation after every token, and the results of
+            both.
         """
         query = query.strip()
         if fault := _fault(query):
-            yield demo_html.notice(fault), ""
+            yield Part(demo_html.notice(fault), "", fault)
             return
         grades, own = self.judged.grades(query), self._terms(query)
         on_augmented = self.plain is self.index.retriever and self.augmented
         title = "Query as it is" if on_augmented else "Without augmentation"
         bare = self._search(title, "the query as it is", query, self.plain)
         if self.augmenter is None:
-            yield "", self._show(query, grades, [bare])
+            yield Part("", self._show(query, grades, [bare]), f"{_count(bare)}.")
             return
         writing = demo_html.augmentation(self.analyzer, "", own, writing=True)
-        yield writing, self._show(query, grades, [bare], waiting=True)
-        answer, seconds, answers = "", 0.0, self.augmenter.stream("query", query)
-        while True:
-            start = time.perf_counter()
-            written = next(answers, None)
-            seconds += time.perf_counter() - start  # without what the page takes to show it
-            if written is None:
-                break
-            if written != answer:
-                yield demo_html.augmentation(self.analyzer, written, own, writing=True), None
-            answer = written
+        yield Part(writing, self._show(query, grades, [bare], waiting=True), "The model is writing.")
+        answer, seconds = "", 0.0
+        with closing(self.augmenter.stream("query", query)) as answers:
+            while True:
+                start = time.perf_counter()
+                written = next(answers, None)
+                seconds += time.perf_counter() - start  # without what the page takes to show it
+                if written is None:
+                    break
+                if seconds > ANSWER_SECONDS:
+                    fault = f"The model was stopped: it had been writing for {ANSWER_SECONDS:g} seconds."
+                    yield Part(demo_html.notice(fault), self._show(query, grades, [bare]), fault)
+                    return
+                answer = written
+                yield Part(demo_html.augmentation(self.analyzer, written, own, writing=True), None, None)
         text = self.augmenter.settings.prompt_set.compose_query(query, answer)
         augmented = self._search("With augmentation", "the augmented query", text, self.index.retriever, seconds)
-        yield demo_html.augmentation(self.analyzer, answer, own), self._show(query, grades, [bare, augmented])
+        count = len(answer.split())
+        yield Part(
+            demo_html.augmentation(self.analyzer, answer, own),
+            self._show(query, grades, [bare, augmented]),
+            f"The model added {count:,} word{'s' * (count != 1)}; {_count(bare)} without augmentation, "
+            f"{_count(augmented)} with it.",
+        )
+
+    def answer_in_turn(self, query: str, visitor: str | None) -> Iterator[Part]:
+        """
+        Searches for a query of one of several visitors: all get at once what is found without the model, which writes
+        for one after the other. A visitor's newer query ends the one before.
+
+        Args:
+            query (`str`):
+                What was typed.
+            visitor (`str` or `None`):
+                Who asks.
+
+        Returns:
+            `Iterator[Part]`: as of [`answer`], and how many are before this one while there are any.
+        """
+        if len(self._line) > WAITING:
+            full = f"{WAITING} searches are waiting already; try again in a minute."
+            yield Part(demo_html.notice(full), "", full)
+            return
+        visit, waits = _Visit(visitor), self.augmenter is not None and not _fault(query.strip())
+        self._line.append(visit)
+        try:
+            with closing(self.answer(query)) as parts:
+                while True:
+                    with self._step:
+                        part = next(parts, None)
+                    if part is None or self._is_obsolete(visit):
+                        return
+                    yield part
+                    while waits and (place := self._line.index(visit)):
+                        before = f"{place} other search{'es' * (place > 1)} first."
+                        yield Part(demo_html.waiting(before), None, f"Waiting: {before}")
+                        time.sleep(SECONDS_BETWEEN_LOOKS)
+                        if self._is_obsolete(visit):
+                            return
+        finally:
+            self._line.remove(visit)
+
+    def _is_obsolete(self, visit: _Visit) -> bool:
+        """Whether the same visitor has asked for something else since."""
+        newer = self._line[self._line.index(visit) + 1 :]
+        return any(other.visitor == visit.visitor for other in newer)
 
     @property
     def augmented(self) -> bool:
@@ -332,12 +421,13 @@ class Demo:
         gradio = import_gradio()
         name = self.index.manifest["collection"]
 
-        def search(query: str) -> Iterator[tuple[Any, Any]]:
-            for augmentation, results in self.answer(query):
-                yield augmentation, gradio.skip() if results is None else results
+        def search(query: str | None, request: gradio.Request) -> Iterator[list[Any]]:
+            with closing(self.answer_in_turn(query or "", request.session_hash)) as parts:
+                for part in parts:
+                    yield [gradio.skip() if content is None else content for content in part]
 
-        def html(content: str = "") -> "gradio.HTML":
-            return gradio.HTML(content, elem_classes="coaug", padding=False, js_on_load=None)
+        def html(content: str = "", **kwargs) -> "gradio.HTML":
+            return gradio.HTML(content, **{"elem_classes": "coaug", "padding": False, "js_on_load": None} | kwargs)
 
         with gradio.Blocks(title=f"Search {name}", analytics_enabled=False) as page:
             html(demo_html.header(name, self.augmenter is not None))
@@ -349,19 +439,25 @@ class Demo:
                 elem_classes="coaug-query",
             )
             if examples := self.judged.examples():
-                gradio.Examples([[text] for text in examples], query, label="Judged queries", cache_examples=False)
+                samples = gradio.Dataset(
+                    label="Judged queries", components=[query], samples=[[text] for text in examples], type="index"
+                )
+                # In the browser alone: the server is not asked which one it is.
+                samples.click(None, samples, query, js=f"index => {json.dumps(examples)}[index]")
+            # Filled in, rather than put there, it is read out when it changes.
+            status = html(elem_classes="coaug-status", js_on_load="element.setAttribute('role', 'status')")
             augmentation, results = html(), html()
             html(demo_html.facts(self.facts()))
             query.submit(
                 search,
                 query,
-                [augmentation, results],
+                [augmentation, results, status],
                 api_visibility="private",
                 show_progress="hidden",
-                trigger_mode="always_last",
-                concurrency_limit=1,
+                trigger_mode="multiple",
+                concurrency_limit=None,  # they take turns in answer_in_turn
             )
-        return page.queue(max_size=WAITING, default_concurrency_limit=1)
+        return page.queue(max_size=WAITING)
 
     def facts(self) -> list[str]:
         """What index and model are."""
@@ -400,8 +496,13 @@ class Demo:
             `InputError`: The port is taken, or this machine has no such address.
         """
         gradio = import_gradio()
+        from starlette.middleware import Middleware
+
+        from .demo_server import PageRequests
+
         fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from the net
         self._page = self.page()
+        (search,) = (index for index, function in self._page.fns.items() if function.fn)
         try:
             _, address, _ = self._page.launch(
                 server_name=host,
@@ -415,6 +516,7 @@ class Demo:
                 run_history=False,
                 footer_links=[],
                 max_file_size=1,  # nothing is to be uploaded
+                app_kwargs={"middleware": [Middleware(PageRequests, search=search)]},
                 theme=gradio.themes.Default(primary_hue="blue", **fonts),
                 css=demo_html.CSS,
             )
@@ -431,7 +533,10 @@ class Demo:
             self.stop()
 
     def stop(self) -> None:
-        """Ends the server."""
+        """Ends the server, also while browsers are connected."""
+        if self._page.server:
+            self._page.server.force_exit = True  # else it waits for them
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # and says what it has cut off
         self._page.close(verbose=False)
 
 
@@ -448,6 +553,12 @@ def _fault(query: str) -> str:
     return ""
 
 
+def _count(ranking: Ranking) -> str:
+    """How many hits are shown, in words."""
+    count = min(len(ranking.hits), HITS)
+    return f"{count} result{'s' * (count != 1)}"
+
+
 def _move(rank: int, id_: str, other: Ranking, when: str) -> tuple[str, str]:
     """Whether augmentation moves a document up or down, and its rank on the other side in words."""
     there = next((place for place, (other_id, _) in enumerate(other.hits, start=1) if other_id == id_), None)
@@ -455,7 +566,7 @@ def _move(rank: int, id_: str, other: Ranking, when: str) -> tuple[str, str]:
         return "same", "same rank"
     if there is None:
         where = f"not in the first {DEPTH:,}" if len(other.hits) == DEPTH else "not found"
-        return "up" if when == "was" else "down", f"{when} {where}"
+        return ("up", f"{where} without") if when == "was" else ("down", f"{where} with it")
     return "up" if (there > rank) == (when == "was") else "down", f"{when} {there:,}"
 
 
@@ -509,6 +620,20 @@ def import_gradio() -> Any:
     except ImportError as error:
         raise InputError(f'The demo needs Gradio ({error}): pip install "coaug-trl[demo]".') from None
     return gradio
+
+
+def check_model(model: str) -> None:
+    """
+    Looks whether the folder of a model is there, before anything is loaded that takes long; the Hub is not asked.
+
+    Raises:
+        `InputError`: There is no such folder, or no model in it.
+    """
+    if Path(model).is_dir():
+        if not any((Path(model) / name).is_file() for name in ("config.json", ADAPTER_FILE)):
+            raise InputError(f"{model}: no model is in this folder; give one that coaug train wrote.")
+    elif Path(model).is_absolute() or model.startswith(".") or model.count("/") > 1:  # not a Hub id
+        raise InputError(f"{model}: no such folder; give one that coaug train wrote.")
 
 
 def check_address(host: str, port: int) -> None:

@@ -138,7 +138,12 @@ def facts(parts: Sequence[str]) -> str:
 
 def notice(text: str) -> str:
     """A line to the user in place of an augmentation."""
-    return f'<p class="notice" role="status">{escape(text)}</p>'
+    return f'<p class="notice">{escape(text)}</p>'
+
+
+def waiting(text: str) -> str:
+    """Why the model does not write yet."""
+    return _panel("Waiting for the model", f"<p>{escape(text)}</p>")
 
 
 def augmentation(analyzer: Analyzer, answer: str, own: set[str], writing: bool = False) -> str:
@@ -184,8 +189,11 @@ def _hit(analyzer: Analyzer, hit: Hit, column: Column) -> str:
     title, text = (
         mark(analyzer, hit.document[name], column.own, column.added, cut=name == "text") for name in ("title", "text")
     )
-    grade = "" if hit.grade is None else f'<span class="grade">judged {hit.grade}</span>'
-    name = ("relevant" if hit.grade else "judged") if hit.grade is not None else ""
+    grade = name = ""
+    if hit.grade is not None:
+        name = "relevant" if hit.grade > 0 else "judged"
+        judged = f"relevant (grade {hit.grade})" if hit.grade > 0 else f"judged not relevant ({hit.grade})"
+        grade = f'<span class="grade">{judged}</span>'
     hidden = mark(analyzer, ", ".join(hit.hidden), column.own, column.added)
     return (
         f'<li class="{name}"><span class="rank">{hit.rank}</span><div class="hit">'
@@ -203,8 +211,10 @@ CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
 .gradio-container .main.fillable { padding: 16px clamp(14px, 3vw, 32px); }
 .coaug .html-container { padding: 0; }
-.coaug-query .submit-button { min-width: 6em; border-radius: 6px; font-weight: 600;
-  background: var(--button-primary-background-fill); color: var(--button-primary-text-color); }
+.coaug-query .submit-button { min-width: 6em; border-radius: 6px; font-weight: 600; background: #1d4ed8; color: #fff; }
+.coaug-query .submit-button:hover { background: #1e40af; }
+.gradio-container .coaug-status { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
+  white-space: nowrap; }
 .coaug { color: var(--body-text-color); font-size: 15px; line-height: 1.5; overflow-wrap: anywhere;
   --own: #1d4ed8; --own-fill: #dbeafe; --added: #9a3412; --added-fill: #ffedd5; --good: #15803d; --bad: #b91c1c;
   --line: var(--border-color-primary); --quiet: #57606a; }

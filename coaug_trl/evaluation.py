@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 MEASURES = ("nDCG@10", "nDCG@100", "R@100", "RR@10", "AP")
 TEXTS_FILE = "texts.jsonl"
+# Sign flips that the randomisation test draws, and signs held at once (8 bytes each).
+NUM_FLIPS = 9999
+FLIPS_AT_ONCE = 4_000_000
 
 Qrels = dict[str, dict[str, int]]
 Run = dict[str, dict[str, float]]
@@ -206,7 +209,7 @@ def break_ties(run: Run) -> Run:
     return ranked
 
 
-def compare(values_a: dict[str, float], values_b: dict[str, float], seed: int = 0) -> dict[str, float | int]:
+def compare(values_a: dict[str, float], values_b: dict[str, float], seed: int = 0) -> dict[str, Any]:
     """
     Compares two systems by one measure on the same queries.
 
@@ -219,9 +222,10 @@ def compare(values_a: dict[str, float], values_b: dict[str, float], seed: int = 
             Seed of the randomisation test, which draws 9,999 of the sign flips when there are more (14 queries on).
 
     Returns:
-        `dict`: `mean_difference` (first minus second), two-sided `p_t_test` (paired Student) and `p_randomization`
-        (Fisher; Smucker et al. 2007, https://doi.org/10.1145/1321440.1321528), `wins`, `ties` and `losses` of the
-        first, and `num_queries`. Where no difference can be tested (identical values, a single query) p is 1.
+        `dict`: `mean_difference` (first minus second), its 95 % confidence `interval` (Student's t; not a number for a
+        single query), two-sided `p_t_test` (paired Student) and `p_randomization` (Fisher; Smucker et al. 2007,
+        https://doi.org/10.1145/1321440.1321528), `wins`, `ties` and `losses` of the first, and `num_queries`. Where no
+        difference can be tested (identical values, a single query) p is 1.
 
     Raises:
         `InputError`: the queries differ, or there are none.
@@ -231,32 +235,87 @@ def compare(values_a: dict[str, float], values_b: dict[str, float], seed: int = 
         raise InputError(f"A paired test needs the same queries on both sides; query {example!r} is on one only.")
     if not values_a:
         raise InputError("A paired test needs at least one query.")
-    a = np.array(list(values_a.values()), dtype=float)
-    b = np.array([values_b[query_id] for query_id in values_a], dtype=float)
-    p_t_test, p_randomization = 1.0, 1.0
-    if len(a) > 1 and (a != b).any():
-        with warnings.catch_warnings():
-            # the same difference on every query: infinitely significant, and scipy warns that it is
-            warnings.simplefilter("ignore", RuntimeWarning)
-            p_t_test = float(stats.ttest_rel(a, b).pvalue)
-        randomization = stats.permutation_test(
-            (a, b),
-            lambda x, y, axis: np.mean(x - y, axis=axis),
-            permutation_type="samples",
-            n_resamples=9999,
-            batch=1000,
-            random_state=np.random.default_rng(seed),
+    differences = [[values_a[query_id] - values_b[query_id]] for query_id in values_a]
+    return compare_differences(np.array(differences, dtype=float), seed)[0]
+
+
+def compare_differences(differences: np.ndarray, seed: int = 0) -> list[dict[str, Any]]:
+    """
+    Tests the differences of many pairs of systems on the same queries, which is faster than pair by pair.
+
+    Args:
+        differences (`np.ndarray`):
+            Of shape (queries, pairs).
+        seed (`int`, *optional*, defaults to `0`):
+            As in [`compare`].
+
+    Returns:
+        `list[dict]`: for each pair what [`compare`] gives.
+    """
+    count = len(differences)
+    randomization = randomization_p_values(differences, seed)
+    results = []
+    for column, p_randomization in zip(differences.T, randomization, strict=True):
+        p_t_test, interval = 1.0, (math.nan, math.nan)
+        if count > 1:
+            mean, margin = column.mean(), stats.t.ppf(0.975, count - 1) * column.std(ddof=1) / math.sqrt(count)
+            interval = (float(mean - margin), float(mean + margin))
+        if count > 1 and column.any():
+            with warnings.catch_warnings():
+                # the same difference on every query: infinitely significant, and scipy warns that it is
+                warnings.simplefilter("ignore", RuntimeWarning)
+                p_t_test = float(stats.ttest_1samp(column, 0).pvalue)
+        results.append(
+            {
+                "mean_difference": float(column.mean()),
+                "interval": interval,
+                "p_t_test": p_t_test,
+                "p_randomization": float(p_randomization),
+                "wins": int((column > 0).sum()),
+                "ties": int((column == 0).sum()),
+                "losses": int((column < 0).sum()),
+                "num_queries": count,
+            }
         )
-        p_randomization = float(randomization.pvalue)
-    return {
-        "mean_difference": float(np.mean(a - b)),
-        "p_t_test": p_t_test,
-        "p_randomization": p_randomization,
-        "wins": int((a > b).sum()),
-        "ties": int((a == b).sum()),
-        "losses": int((a < b).sum()),
-        "num_queries": len(a),
-    }
+    return results
+
+
+def randomization_p_values(differences: np.ndarray, seed: int = 0) -> np.ndarray:
+    """
+    Fisher's randomisation test of paired differences: the signs of the queries are flipped, all columns alike.
+
+    All flips are gone through up to 13 queries; from 14 on 9,999 are drawn, and the observed signs count as one more.
+
+    Args:
+        differences (`np.ndarray`):
+            Of shape (queries, pairs).
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the draws.
+
+    Returns:
+        `np.ndarray`: two-sided p-value of each pair, of shape (pairs,): twice the smaller of the shares of flips whose
+        sum is at least and at most that observed.
+    """
+    count, num_pairs = differences.shape
+    exact = 2**count <= NUM_FLIPS
+    num_flips = 2**count if exact else NUM_FLIPS
+    generator = np.random.default_rng(seed)
+    observed = differences.sum(axis=0)
+    # sums that are equal but for rounding, which depends on the order of the terms
+    tolerance = 1e-12 * np.abs(differences).sum(axis=0)
+    at_least, at_most = np.zeros(num_pairs), np.zeros(num_pairs)
+    rows = max(1, FLIPS_AT_ONCE // count)
+    for first in range(0, num_flips, rows):
+        numbers = np.arange(first, min(first + rows, num_flips))
+        if exact:
+            flipped = numbers[:, None] >> np.arange(count) & 1
+        else:
+            flipped = generator.integers(0, 2, (len(numbers), count), dtype=np.int8)
+        sums = (1.0 - 2.0 * flipped) @ differences
+        at_least += (sums >= observed - tolerance).sum(axis=0)
+        at_most += (sums <= observed + tolerance).sum(axis=0)
+    added = 0 if exact else 1
+    return np.minimum(1, 2 * (np.minimum(at_least, at_most) + added) / (num_flips + added))
 
 
 def judged_texts(
@@ -462,6 +521,8 @@ def load_evaluation(folder: str | Path) -> Evaluation:
             f"{folder} is not a finished evaluation: {', '.join(missing)} is missing; make it with coaug evaluate."
         )
     metrics, manifest = _read_object(folder / "metrics.json"), _read_object(folder / "manifest.json")
+    if not isinstance(manifest.get("retriever"), dict):
+        raise InputError(f"{folder / 'manifest.json'} does not say with which retriever; evaluate again.")
     path = folder / "per_query.jsonl"
     per_query: dict[str, dict[str, float]] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):

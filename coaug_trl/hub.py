@@ -1,19 +1,16 @@
 """The Hugging Face Hub: what `coaug push` puts there, and how it is taken back."""
 
-import logging
-import re
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
     CommitOperationDelete,
-    DatasetCard,
     HfApi,
     RepoCard,
     get_token,
@@ -34,22 +31,21 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import tqdm, validate_repo_id
 
 from .errors import InputError
-from .policy import POLICY_FILE
+from .names import has_hub_form, is_hub_id
+from .policy import ADAPTER_FILE, MODEL_WEIGHTS, POLICY_FILE, folder_hash
 from .prompts import PROMPT_SET_FILE
 
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-CARD_FILE, MANIFEST = "README.md", "manifest.json"
+CARD_FILE, MANIFEST, CURVES_FILE = "README.md", "manifest.json", "reward.png"
 # What goes out is named, so that nothing else does: checkpoints, optimizer states, logs, completions, other people's
 # files. No name is that of a format that can run code.
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
-    "adapter_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
+    ADAPTER_FILE,
+    *MODEL_WEIGHTS,
+    "model.safetensors.index.json",
+    "adapter_model.safetensors.index.json",
 )
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -59,8 +55,10 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
-    "*.model",
-    "*.jinja",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
 )
 RUN_FILES = (*MODEL_FILES, *TOKENIZER_FILES, POLICY_FILE, PROMPT_SET_FILE, "training.json", "trainer_state.json")
 # Without the texts, which are those of the collection.
@@ -75,7 +73,24 @@ INDEX_FILES = (
     "index.faiss",
 )
 BM25S_FILES = ("*.index.npy", "*.index.json")
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# What a push puts there, by kind: beginnings of folders, "" for the root, and names in them.
+_PUSHED = {
+    "policy": {"": (*RUN_FILES, CURVES_FILE), "evaluations/": EVALUATION_FILES},
+    "index": {"": (*INDEX_FILES, *BM25S_FILES), "field_": BM25S_FILES},
+    "dataset": {"": (MANIFEST, PROMPT_SET_FILE), "queries/": ("*.parquet",), "documents/": ("*.parquet",)},
+    "space": {
+        "": ("app.py", "requirements.txt", "queries.jsonl", "qrels.trec"),
+        **dict.fromkeys(("coaug_trl/", "index/", "model/"), ("*",)),
+    },
+}
+# And by which files a repository shows that it was pushed as that.
+_MARKS = {
+    "policy": {POLICY_FILE},
+    "index": {MANIFEST, "retriever.json"},
+    "dataset": {MANIFEST, PROMPT_SET_FILE},
+    "space": {"app.py", "coaug_trl/demo.py"},
+}
+_NAMES = {"policy": "a policy", "index": "an index", "dataset": "augmentations", "space": "a Space"}
 
 
 @dataclass(frozen=True)
@@ -92,25 +107,27 @@ class Upload:
             The page of the repository; `None` for files that have their own.
         notes (`list[str]`, *optional*):
             What its user should know beforehand, a line each.
-        tables (`dict[str, Dataset]`, *optional*):
-            Configurations of a dataset by name.
     """
 
     repo_type: str
     files: dict[str, Path | bytes]
     card: RepoCard | None = None
     notes: list[str] = field(default_factory=list)
-    tables: "dict[str, Dataset]" = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """`"policy"`, `"index"`, `"dataset"` or `"space"`."""
+        return self.repo_type if self.repo_type != "model" else "policy" if POLICY_FILE in self.files else "index"
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file, by its path; of tables as they are in memory, which is more than as Parquet."""
+        """Bytes of each file, by its path."""
         sizes = {
             name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in self.files.items()
         }
         if self.card:
             sizes[CARD_FILE] = len(str(self.card).encode())
-        return sizes | {f"{name}/*.parquet": table.data.nbytes for name, table in self.tables.items()}
+        return sizes
 
 
 # Pushing
@@ -120,8 +137,8 @@ def check_repo_id(repo_id: str) -> None:
     """Raises an `InputError` for what is not the name of a repository in a namespace."""
     try:
         validate_repo_id(repo_id)
-        if "/" not in repo_id:
-            raise HFValidationError("it has no namespace")
+        if not has_hub_form(repo_id):
+            raise HFValidationError("it has no namespace, or one with other characters")
     except HFValidationError as error:
         raise InputError(f"repo_id is {repo_id!r}, which is no USER/NAME: {error}") from None
 
@@ -134,6 +151,14 @@ def check_access(token: str | None = None) -> None:
         raise InputError("There is no token for the Hub; log in by hf auth login, or set HF_TOKEN.")
 
 
+def check_private(repo_id: str, repo_type: str = "model", token: str | None = None) -> None:
+    """Raises an `InputError` if a repository is one that others can see."""
+    if not HfApi(token=token).repo_info(repo_id, repo_type=repo_type).private:
+        raise InputError(
+            f"{repo_id} is there already and public; make it private in its settings, or choose another repo_id."
+        )
+
+
 def push(
     upload: Upload,
     repo_id: str,
@@ -143,8 +168,10 @@ def push(
     token: str | None = None,
 ) -> CommitInfo:
     """
-    Uploads in one commit, and the tables of a dataset in one each before it. Of a push that failed halfway the Hub
-    keeps the files that it has, and the same push again sends the others only.
+    Uploads in one commit, so that a repository never holds half of one push and half of another; what an earlier push
+    left there beside it goes. Of a push that failed halfway the Hub keeps the contents that it has, and the same push
+    again sends the others only. That is why augmentations are Parquet files of this commit: `Dataset.push_to_hub`
+    makes a commit of its own for each configuration.
 
     Args:
         upload ([`Upload`]):
@@ -173,18 +200,11 @@ def push(
     with explained(repo_id):
         sdk = {"space_sdk": "gradio"} if upload.repo_type == "space" else {}
         api.create_repo(**place, private=private, exist_ok=True, **sdk)
-        if private and not api.repo_info(**place).private:
-            raise InputError(
-                f"{repo_id} is there already and public; make it private in its settings, or choose another repo_id."
-            )
+        if private:
+            check_private(**place, token=token)
         if revision:
             api.create_branch(**place, branch=revision, exist_ok=True)
         stale = _stale_files(upload, api.list_repo_files(**place, revision=revision), repo_id)
-        if upload.tables:
-            with _quiet_datasets():
-                for name, table in upload.tables.items():
-                    table.push_to_hub(repo_id, name, token=token, revision=revision, commit_message=commit_message)
-            _take_configurations(upload.card, repo_id, revision, token)
         files = dict(upload.files)
         if upload.card:
             files[CARD_FILE] = str(upload.card).encode()
@@ -193,50 +213,25 @@ def push(
         return api.create_commit(**place, operations=operations, commit_message=commit_message, revision=revision)
 
 
-@contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    """Without the warnings of datasets about its own defaults, and its progress bars beside those of the upload."""
-    from datasets import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
-
-    logger, shown = logging.getLogger("datasets"), is_progress_bar_enabled()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if shown:
-            enable_progress_bars()
-
-
 def _stale_files(upload: Upload, present: list[str], repo_id: str) -> list[str]:
     """What an earlier push left that would mix with these files; refuses a repository of something else."""
-    if upload.repo_type == "space":
-        ours = ("coaug_trl/", "index/", "model/")
-        return [name for name in present if name not in upload.files and name.startswith(ours)]
-    if upload.repo_type == "dataset":  # whose tables are replaced
-        return []
-    ours, theirs = (POLICY_FILE, MANIFEST) if POLICY_FILE in upload.files else (MANIFEST, POLICY_FILE)
-    if theirs in present:
-        kinds = {POLICY_FILE: "a policy", MANIFEST: "an index"}
-        raise InputError(f"{repo_id} holds {kinds[theirs]}, and this is {kinds[ours]}; choose another repo_id.")
-    patterns = (*MODEL_FILES, *BM25S_FILES, "index.faiss", PROMPT_SET_FILE)
-    return [
-        name
-        for name in present
-        if ours in present
-        and name not in upload.files
-        and (name.startswith("field_") or "/" not in name and any(fnmatch(name, pattern) for pattern in patterns))
-    ]
+    kinds = ("policy", "index") if upload.repo_type == "model" else (upload.kind,)
+    held = next((kind for kind in kinds if _MARKS[kind] <= set(present)), None)
+    others = [name for name in present if name not in (".gitattributes", CARD_FILE)]
+    if held != upload.kind and others:
+        holds = _NAMES[held] if held else f"{others[0]}, which no coaug push put there"
+        raise InputError(f"{repo_id} holds {holds}, and this is {_NAMES[upload.kind]}; choose another repo_id.")
+    return [name for name in others if name not in upload.files and _is_pushed(name, upload.kind)]
 
 
-def _take_configurations(card: RepoCard, repo_id: str, revision: str | None, token: str | None) -> None:
-    """Gives a dataset's card what `push_to_hub` has written about its tables, which load_dataset reads."""
-    path = hf_hub_download(repo_id, CARD_FILE, repo_type="dataset", revision=revision, token=token)
-    data = DatasetCard(Path(path).read_text(encoding="utf-8")).data
-    for name in ("configs", "dataset_info"):
-        card.data[name] = data.get(name)
+def _is_pushed(path: str, kind: str) -> bool:
+    """Whether a file has the place and the name of one that is pushed."""
+    folder, slash, name = path.rpartition("/")
+    return any(
+        (folder + slash).startswith(beginning) if beginning else not folder
+        for beginning, patterns in _PUSHED[kind].items()
+        if any(fnmatch(name, pattern) for pattern in patterns)
+    )
 
 
 @contextmanager
@@ -248,6 +243,8 @@ def explained(repo_id: str) -> Iterator[None]:
         raise
     except OfflineModeIsEnabled:
         raise InputError("The Hub is not reached in offline mode; unset HF_HUB_OFFLINE.") from None
+    except HFValidationError as error:
+        raise InputError(f"{repo_id}: {error}") from None
     # RuntimeError is what a failed upload of a file becomes, ValueError what the Hub says against one.
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         if isinstance(error, OSError) and error.filename is not None:  # a file of this machine
@@ -256,10 +253,13 @@ def explained(repo_id: str) -> Iterator[None]:
 
 
 def _reason(repo_id: str, error: BaseException) -> str:
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, HfHubHTTPError):
-        cause = cause.__cause__
-    status = cause.response.status_code if cause is not None else None
+    causes: list[BaseException] = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    answer = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
+    if answer is None and not any(isinstance(cause, (HTTPError, OSError)) for cause in causes):
+        return f"{repo_id}: {error}"
+    status = answer.response.status_code if answer is not None else None
     if status == 401:
         return f"{repo_id}: the Hub does not accept the token; log in again by hf auth login, or renew HF_TOKEN."
     if status in (403, 404):
@@ -267,8 +267,11 @@ def _reason(repo_id: str, error: BaseException) -> str:
             f"{repo_id} cannot be written to with this token: it is someone else's, or the token may not write; choose "
             "a repo_id of your own, or a token with write permission."
         )
-    said = f"answers {status}: {cause.server_message or cause}" if cause is not None else f"was not reached: {error}"
-    return f"{repo_id}: the Hub {said.rstrip('. ')}. What is uploaded stays; the same command goes on."
+    said = (
+        f"answers {status}: {answer.server_message or answer}" if answer is not None else f"was not reached: {error}"
+    )
+    passes = status is None or status in (408, 429) or status >= 500
+    return f"{repo_id}: the Hub {said.rstrip('. ')}.{' What is uploaded stays; the same command goes on.' * passes}"
 
 
 # Coming back
@@ -290,7 +293,7 @@ def policy_folder(name: str | Path, revision: str | None = None) -> str:
     Raises:
         `InputError`: The Hub fails while the policy is read.
     """
-    if not _is_hub_id(name):
+    if not is_hub_id(name):
         return str(name)
     try:
         hf_hub_download(str(name), POLICY_FILE, revision=revision)
@@ -301,36 +304,67 @@ def policy_folder(name: str | Path, revision: str | None = None) -> str:
         return str(name)
     except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
         return str(name)  # transformers says if it is no model either
+    except HTTPError as error:
+        raise InputError(f"{name} cannot be read: the Hub was not reached: {error}") from None
     patterns = [pattern for pattern in RUN_FILES if pattern != "trainer_state.json"]
     return str(_download(name, "model", revision, patterns, ["*/*"]))
 
 
 def index_folder(name: str | Path, revision: str | None = None) -> Path:
     """As [`policy_folder`], of an index that `coaug push` put on the Hub; a name that is nowhere stays as it is."""
-    if not _is_hub_id(name):
+    if not is_hub_id(name):
         return Path(name)
     return _download(name, "model", revision, [*INDEX_FILES, *BM25S_FILES], []) or Path(name)
 
 
 def augmentations_folder(name: str | Path) -> Path:
     """As [`policy_folder`], of augmentations that `coaug push` put on the Hub."""
-    if not _is_hub_id(name):
+    if not is_hub_id(name):
         return Path(name)
     return _download(name, "dataset", None, [MANIFEST, PROMPT_SET_FILE, "*.parquet"], []) or Path(name)
 
 
-def commit_of(model: str, revision: str | None = None) -> str | None:
-    """The commit of a model on the Hub, be it an adapter; `None` for one whose configuration is not there."""
-    for name in ("config.json", "adapter_config.json"):
-        try:
-            return Path(hf_hub_download(model, name, revision=revision)).parent.name
-        except EntryNotFoundError:
-            continue
-    return None
+def fingerprint(model: str, revision: str | None = None) -> str | None:
+    """
+    What a model is known by: the fingerprint of a folder's weights, or the commit on the Hub. That of an adapter is
+    followed by that of its base model, after a plus sign.
+
+    Args:
+        model (`str`):
+            Folder or Hub id.
+        revision (`str`, *optional*):
+            Revision on the Hub.
+
+    Returns:
+        `str`: the fingerprint; `None` where there are no weights, as beside a server that has them.
+
+    Raises:
+        `InputError`: The Hub cannot be reached.
+    """
+    if Path(model).is_dir():
+        known, adapter = folder_hash(model), Path(model) / ADAPTER_FILE
+    else:
+        config, adapter = (_cached(model, name, revision) for name in ("config.json", ADAPTER_FILE))
+        known = next((path.parent.name for path in (config, adapter) if path), None)
+    if known is None or adapter is None or not adapter.is_file():
+        return known or revision
+    try:
+        config = json.loads(adapter.read_text(encoding="utf-8"))
+        base, base_revision = config.get("base_model_name_or_path"), config.get("revision")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{adapter}: not the configuration of an adapter ({error}); restore the file.") from None
+    base = fingerprint(base, base_revision) if isinstance(base, str) else None
+    return f"{known}+{base}" if base else known
 
 
-def _is_hub_id(name: str | Path) -> bool:
-    return not Path(name).exists() and _HUB_ID.fullmatch(str(name)) is not None
+def _cached(model: str, name: str, revision: str | None) -> Path | None:
+    """A small file of a model on the Hub, `None` if it has none."""
+    try:
+        return Path(hf_hub_download(model, name, revision=revision))
+    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
+        return None
+    except HTTPError as error:
+        raise InputError(f"{model} cannot be read: {error}") from None
 
 
 class _Progress(tqdm):

@@ -12,6 +12,8 @@ from .files import atomic_open
 
 
 HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
+# Letters of a row, and rows with the header, of a table that never scrolls.
+NARROW, SHORT = 28, 10
 
 
 # What a report is made of
@@ -193,8 +195,16 @@ def render_html(report: Report) -> str:
         finalize=lambda value: _clean(value) if type(value) is str else value,
     )
     environment.filters["chart"] = Markup
+    environment.filters["may_scroll"] = _may_scroll
     template = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(template).render(report=report)
+
+
+def _may_scroll(table: Table) -> bool:
+    """Whether a table may be wider than a phone, or longer than the box of a figure's numbers."""
+    rows = [table.header, *([cell.text + cell.superscript for cell in row] for row in table.rows)]
+    letters = sum(max(len(row[column]) for row in rows) + 2 for column in range(len(table.header)))
+    return letters > NARROW or len(rows) > SHORT
 
 
 def _clean(text: str) -> str:

@@ -12,7 +12,8 @@ from .files import write_json
 from .prompts import PROMPT_SET_FILE, PromptSet
 
 
-POLICY_FILE = "coaug.json"
+POLICY_FILE, ADAPTER_FILE = "coaug.json", "adapter_config.json"
+MODEL_WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors")
 _PACKAGES = ("coaug-trl", "trl", "transformers", "peft", "torch", "bm25s", "sentence-transformers", "ir-measures")
 
 
@@ -96,6 +97,8 @@ class PolicySettings:
             prompt_hash, retriever = content["prompt_hash"], content["retriever"]
             generation = GenerationSettings(**content["generation"])
             augment = content.get("augment", "both")  # policies of version 0.1.0 do not say
+            if not isinstance(retriever, dict) or augment not in ("both", "query", "document"):
+                raise ValueError(f"retriever is {retriever!r}, augment is {augment!r}")
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: not the settings of a policy ({error!r}); restore the file.") from None
         if prompt_set.hash != prompt_hash:
@@ -140,16 +143,26 @@ def retriever_differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[
 
 
 def folder_hash(folder: str | Path) -> str | None:
-    """First 16 hexadecimal digits of a SHA-256 over the weights of a model folder, if there are any."""
-    patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "adapter_config.json")
-    paths = sorted(
-        path
-        for pattern in patterns
-        for path in Path(folder).glob(pattern)
-        if not path.name.startswith("rollouts_")  # of a checkpoint within a generation batch: no weights
-    )
+    """
+    First 16 hexadecimal digits of a SHA-256 over the weights of a model folder, if there are any; of an adapter with its
+    configuration, but for the name of its base model, which is another one on another machine.
+    """
+    patterns = (*MODEL_WEIGHTS, "pytorch_model*.bin", "adapter_model.bin", ADAPTER_FILE)
+    paths = sorted(path for pattern in patterns for path in Path(folder).glob(pattern))
     digest = hashlib.sha256()
     for path in paths:
+        if path.name == ADAPTER_FILE:
+            digest.update(_adapter_settings(path))
+            continue
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16] if paths else None
+
+
+def _adapter_settings(path: Path) -> bytes:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("base_model_name_or_path", None)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: not the configuration of an adapter ({error}); restore the file.") from None
+    return json.dumps(config, sort_keys=True).encode()

@@ -3,14 +3,16 @@
 import json
 import tempfile
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import RepoCard
 
 from .errors import InputError
-from .hub import BM25S_FILES, EVALUATION_FILES, INDEX_FILES, MANIFEST, RUN_FILES, Upload, check_repo_id
-from .policy import POLICY_FILE
+from .hub import BM25S_FILES, CURVES_FILE, EVALUATION_FILES, INDEX_FILES, MANIFEST, RUN_FILES, Upload, check_repo_id
+from .names import is_local, last_part, without_folders
+from .policy import ADAPTER_FILE, MODEL_WEIGHTS, POLICY_FILE
 from .prompts import PROMPT_SET_FILE
 from .record import load_record, read_object
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 _WITH_PATHS = (
     "config.json",
     "generation_config.json",
-    "adapter_config.json",
+    ADAPTER_FILE,
     "tokenizer_config.json",
     POLICY_FILE,
     "training.json",
@@ -124,7 +126,7 @@ def prepare_run(
     card, curves = describe_run(record, repo_id, tags)
     files |= curves
     notes = []
-    adapter = read_object(folder / "adapter_config.json")
+    adapter = read_object(folder / ADAPTER_FILE)
     if is_local(base := adapter.get("base_model_name_or_path")):
         notes.append(
             f"the adapter's base model is {base}, a folder of this machine: others cannot load it. Train from a model "
@@ -143,7 +145,7 @@ def describe_run(
     record: "RunRecord", repo_id: str, tags: Iterable[str] = ()
 ) -> tuple[RepoCard, dict[str, Path | bytes]]:
     """The card of a run, and the picture it shows, if there is something to draw."""
-    from .cards import CURVES_FILE, draw_curves, model_card
+    from .cards import draw_curves, model_card
 
     card = model_card(record, repo_id)
     card.data.tags = list(dict.fromkeys([*card.data.tags, *tags]))
@@ -204,7 +206,8 @@ def prepare_augmentations(folder: str | Path, repo_id: str, collection: str | No
     Raises:
         `InputError`: The augmentations are not finished, or belong to another collection or split.
     """
-    from datasets import Dataset
+    import pyarrow
+    from pyarrow import parquet
 
     from .augmented import FILES, AugmentedCollection, read_rows
     from .cards import augmentations_card
@@ -217,16 +220,17 @@ def prepare_augmentations(folder: str | Path, repo_id: str, collection: str | No
         raise InputError(
             f"{folder} belongs to the collection {augmented.manifest['collection']}, not to {loaded.name}."
         )
-    tables = {}
+    files = select_files(folder, (MANIFEST, PROMPT_SET_FILE))
     for side in augmented.answers:
         rows = list(read_rows(folder / FILES[side]))
         columns = {name: [row[name] for row in rows] for name in ("_id", "augmentation", "complete")}
         if loaded:
             columns |= _texts(augmented, loaded, side, columns["_id"], folder)
-        name = Path(FILES[side]).stem
-        tables[name] = Dataset.from_dict(columns)
+        table = BytesIO()
+        parquet.write_table(pyarrow.table(columns), table)
+        files[f"{Path(FILES[side]).stem}/train-00000-of-00001.parquet"] = table.getvalue()
     card = augmentations_card(augmented.manifest, repo_id, loaded is not None)
-    return Upload("dataset", select_files(folder, (MANIFEST, PROMPT_SET_FILE)), card, tables=tables)
+    return Upload("dataset", files, card)
 
 
 def _texts(
@@ -256,36 +260,9 @@ def _texts(
     }
 
 
-def prepare_space(folder: str | Path) -> Upload:
-    """The files of a Space's folder, which has its own card."""
-    folder = Path(folder)
-    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("."))
+def prepare_space(folder: str | Path, paths: Iterable[Path]) -> Upload:
+    """Those files of a folder that [`~coaug_trl.space.write_space`] wrote, with the Space's own card among them."""
     return Upload("space", {path.relative_to(folder).as_posix(): path for path in paths})
-
-
-def without_folders(content: Any, name: str = "") -> Any:
-    """
-    JSON content without absolute paths, which say where files are on a machine: of each only the last part stays.
-
-    Args:
-        content (`Any`):
-            JSON content.
-        name (`str`, *optional*):
-            Its name, if it is a value of an object; the text of a token is left as it is.
-
-    Returns:
-        `Any`: a copy.
-    """
-    if isinstance(content, dict):
-        return {key: without_folders(value, str(key)) for key, value in content.items()}
-    if isinstance(content, list):
-        return [without_folders(value, name) for value in content]
-    is_token = name.endswith(("_token", "_tokens")) or name == "content"
-    if isinstance(content, str) and not is_token and "\n" not in content:
-        for path in (PurePosixPath(content), PureWindowsPath(content)):
-            if path.name and (path.is_absolute() or content.startswith(("~/", "~\\"))):
-                return path.name
-    return content
 
 
 def select_files(folder: Path, patterns: Iterable[str]) -> dict[str, Path | bytes]:
@@ -293,7 +270,7 @@ def select_files(folder: Path, patterns: Iterable[str]) -> dict[str, Path | byte
     paths = {path.name: path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()}
     files: dict[str, Path | bytes] = {}
     for name, path in paths.items():
-        if name.startswith(("rollouts_", ".")):  # of a checkpoint within a generation batch, or temporary
+        if name.startswith("."):  # temporary
             continue
         files[name] = path
         if name in _WITH_PATHS:
@@ -305,7 +282,7 @@ def select_files(folder: Path, patterns: Iterable[str]) -> dict[str, Path | byte
 
 def check_weights(folder: Path) -> None:
     """Raises an `InputError` if weights are missing, or are in a format that can run code."""
-    weights = [path for path in folder.glob("*.safetensors") if not path.name.startswith("rollouts_")]
+    weights = [path for pattern in MODEL_WEIGHTS for path in folder.glob(pattern)]
     if not weights:
         pickles = next(iter(sorted([*folder.glob("pytorch_model*.bin"), *folder.glob("adapter_model.bin")])), None)
         if pickles:
@@ -335,16 +312,11 @@ def _evaluation_places(record: "RunRecord", given: list[Path]) -> dict[str, Path
     return places
 
 
-def is_local(name: str | None) -> bool:
-    """Whether a model's name is that of a folder, here or where it was trained."""
-    return bool(name) and (Path(name).expanduser().exists() or without_folders(name) != name or name.startswith("."))
-
-
 def _note_encoder(retriever: dict[str, Any]) -> list[str]:
     encoder = retriever.get("model")
     if not is_local(encoder):
         return []
     return [
         f"the retriever's encoder is {encoder}, a folder of this machine: others need a copy of it, as a folder "
-        f"{Path(encoder).name} where they work or as --encoder. Push the encoder, and train and index with its Hub id."
+        f"{last_part(encoder)} where they work or as --encoder. Push the encoder, and train and index with its Hub id."
     ]

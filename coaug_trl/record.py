@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum
@@ -9,9 +10,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HTTPError
+
 from .compare import Comparison, compare_folders
 from .errors import InputError
 from .evaluation import Evaluation, load_evaluation
+from .hub import CARD_FILE
+from .names import is_hub_id, last_part
 from .policy import PolicySettings, folder_hash
 
 
@@ -39,8 +46,10 @@ NOT_KEPT = (
     "steps_per_generation",
     "gradient_accumulation_steps",
 )
-# Endings of names of folders, secrets and machines.
-PRIVATE = ("_dir", "token", "_url", "_host", "_port")
+# Endings of names of folders, secrets and machines, and what a token of the Hub looks like under any name.
+PRIVATE = ("_dir", "token", "_url", "_host", "_port", "password", "secret", "api_key")
+TOKEN = re.compile(r"\bhf_\w+")
+LICENSE_FIELDS = ("license", "license_name", "license_link")
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,12 @@ class RunRecord:
         history (`list[dict[str, Any]]`):
             What the trainer logged, in order, each with its `step`; empty if the folder has no `trainer_state.json`.
         evaluations (`list[Evaluated]`):
-            Evaluations found: those without augmentation first, those of this policy last.
+            Evaluations found: those without augmentation first, those of this policy last, and of these last what it
+            was trained for: with its retriever and all its sides.
+        identity (`dict[str, Any]`, *optional*):
+            What augmentations of this policy have in their manifest: `revision` and `prompt_hash`.
+        best_step (`int`, *optional*):
+            Step of the best checkpoint, if the trainer kept account of it.
     """
 
     folder: Path
@@ -97,6 +111,8 @@ class RunRecord:
     training: dict[str, Any]
     history: list[dict[str, Any]]
     evaluations: list[Evaluated]
+    identity: dict[str, Any] | None = None
+    best_step: int | None = None
 
     def curve(self, name: str) -> list[tuple[int, float]]:
         """A logged metric by optimizer step; empty if it was never logged."""
@@ -133,16 +149,30 @@ class RunRecord:
     def comparable(self) -> list[list[Evaluated]]:
         """
         The evaluations, those that can be compared together; the first group is that of the test split if there is
-        one, and within a group what is not augmented comes first and the policy with most sides augmented last.
+        one, the last are those of the queries that were trained on. Within a group what is not augmented comes first
+        and what the policy was trained for last.
         """
         groups: dict[tuple[str, ...], list[Evaluated]] = {}
         for evaluated in self.evaluations:
             groups.setdefault(evaluated.key, []).append(evaluated)
-        return sorted(groups.values(), key=lambda group: (group[0].key[1] != "test", -len(group), group[0].key))
+
+        def order(group: list[Evaluated]) -> tuple[Any, ...]:
+            split = group[0].key[1]
+            used = {"train_split": 2, "eval_split": 1}  # in training
+            rank = max((rank for name, rank in used.items() if self.uses(group, name)), default=0)
+            return (split != "test", rank, -len(group), group[0].key)
+
+        return sorted(groups.values(), key=order)
+
+    def uses(self, group: Sequence[Evaluated], name: str) -> bool:
+        """Whether the queries of a group are those of the training's `train_split` or `eval_split`."""
+        collection, split, _ = group[0].key
+        return [collection, split] == [self.training.get("collection"), self.training.get(name)]
 
     def compare(self, group: Sequence[Evaluated]) -> Comparison | None:
-        """Tests a group of [`comparable`] evaluations pair by pair; `None` for a single one."""
-        return compare_folders([evaluated.folder for evaluated in group]) if len(group) > 1 else None
+        """Tests a group of [`comparable`] evaluations pair by pair, without examples; `None` for a single one."""
+        folders = [evaluated.folder for evaluated in group]
+        return compare_folders(folders, examples=False) if len(folders) > 1 else None
 
 
 def describe_training(
@@ -173,6 +203,7 @@ def describe_training(
     return {
         "base_model": base_model,
         "base_model_is_folder": Path(base_model).is_dir(),
+        "base_license": license_of(base_model),
         "collection": train_collection.name,
         "train_split": train_collection.split,
         "eval_split": eval_collection.split if eval_collection else None,
@@ -195,9 +226,45 @@ def _changed_arguments(args: "CoAugConfig") -> dict[str, Any]:
         default = field.default_factory() if field.default_factory is not MISSING else field.default
         if value == default or field.name.endswith(PRIVATE) or field.name in NOT_KEPT:
             continue
-        if isinstance(value, (str, int, float, bool, list, tuple, dict)) or value is None:
-            changed[field.name] = value
-    return changed
+        if isinstance(value, (str, int, float, bool, list, tuple, dict)):
+            changed[field.name] = _without_secrets(value)
+    return {name: value for name, value in changed.items() if value not in (None, [], {})}
+
+
+def _without_secrets(value: Any) -> Any:
+    """A setting without what is not for others, and of a folder only its name; `None` for a token."""
+    if isinstance(value, dict):
+        kept = {key: _without_secrets(each) for key, each in value.items() if not str(key).lower().endswith(PRIVATE)}
+        return {key: each for key, each in kept.items() if each is not None}
+    if isinstance(value, (list, tuple)):
+        return [each for each in map(_without_secrets, value) if each is not None]
+    if isinstance(value, str):
+        return None if TOKEN.search(value) else last_part(value) if "/" in value and Path(value).is_dir() else value
+    return value
+
+
+def license_of(model: str | None) -> dict[str, str]:
+    """
+    What the card of a model states of its licence.
+
+    Args:
+        model (`str` or `None`):
+            Folder or Hub id.
+
+    Returns:
+        `dict[str, str]`: `license` and, if they are there, `license_name` and `license_link`; empty if no licence is
+        stated or the card cannot be reached.
+    """
+    path = Path(model or "") / CARD_FILE
+    try:
+        if model and not path.is_file() and is_hub_id(model):
+            path = Path(hf_hub_download(model, CARD_FILE))
+        data = ModelCard.load(path, ignore_metadata_errors=True).data if path.is_file() else {}
+    # Without network, or without readable metadata: no licence is stated.
+    except (OSError, HTTPError, EntryNotFoundError, ValueError, yaml.YAMLError):
+        return {}
+    found = {name: data.get(name) for name in LICENSE_FIELDS if isinstance(data.get(name), str)}
+    return found if "license" in found else {}
 
 
 def load_record(folder: str | Path, evaluations: Iterable[str | Path] = ()) -> RunRecord:
@@ -229,10 +296,69 @@ def load_record(folder: str | Path, evaluations: Iterable[str | Path] = ()) -> R
         found |= dict.fromkeys(beneath)
     identity = {"revision": folder_hash(folder), "prompt_hash": settings.prompt_set.hash}
     read = [_read_evaluation(path, identity) for path in {path.resolve(): path for path in found}.values()]
-    order = {"none": 0, "other": 1, "policy": 2}
-    read.sort(key=lambda each: (order[each.system], len(each.sides), str(each.folder)))
-    state = read_object(folder / TRAINER_STATE)
-    return RunRecord(folder, settings, read_object(folder / TRAINING_FILE), state.get("log_history", []), read)
+    read.sort(key=lambda each: _order(each, settings))
+    training, state = read_object(folder / TRAINING_FILE), read_object(folder / TRAINER_STATE)
+    _check_training(folder / TRAINING_FILE, training)
+    _check_state(folder / TRAINER_STATE, state)
+    best_step = state.get("best_global_step")
+    if best_step is None and state.get("best_model_checkpoint"):  # of an older transformers
+        number = state["best_model_checkpoint"].rpartition("-")[2]
+        best_step = int(number) if number.isdecimal() else None
+    return RunRecord(folder, settings, training, state.get("log_history", []), read, identity, best_step)
+
+
+def _order(evaluated: Evaluated, settings: PolicySettings) -> tuple[Any, ...]:
+    policy = evaluated.system == "policy"
+    return (
+        {"none": 0, "other": 1, "policy": 2}[evaluated.system],
+        policy and evaluated.evaluation.manifest["retriever"] == settings.retriever,
+        policy and evaluated.sides == sorted(settings.sides),
+        len(evaluated.sides),
+        str(evaluated.folder),
+    )
+
+
+# Name to type and whether a file of an older version may lack it.
+_TRAINING = {
+    "base_model": (str, True),
+    "collection": (str, False),
+    "train_split": (str, False),
+    "eval_split": ((str, type(None)), False),
+    "num_documents": (int, False),
+    "num_train_queries": (int, False),
+    "num_train_judgments": (int, False),
+    "completions_per_batch": (int, True),
+    "steps_per_batch": (int, True),
+    "num_processes": (int, True),
+    "device": (str, True),
+    "arguments": (dict, True),
+}
+
+
+def _check_training(path: Path, training: dict[str, Any]) -> None:
+    if not path.is_file():
+        return
+    for name, (type_, optional) in _TRAINING.items():
+        if name not in training and not optional:
+            raise InputError(f"{path}: {name} is missing; restore the file, or remove it to do without it.")
+        if name in training and not isinstance(training[name], type_):
+            raise InputError(f"{path}: {name} is {training[name]!r}; restore the file, or remove it to do without it.")
+    if training.get("steps_per_batch", 1) < 1:
+        raise InputError(f"{path}: steps_per_batch is {training['steps_per_batch']}; restore the file.")
+
+
+def _check_state(path: Path, state: dict[str, Any]) -> None:
+    history = state.get("log_history", [])
+    if not isinstance(history, list):
+        raise InputError(f"{path}: log_history is {history!r:.60}, not a list; restore the file.")
+    for number, entry in enumerate(history, start=1):
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            raise InputError(
+                f"{path}: entry {number} of log_history is {entry!r:.60}, not an object with a step; restore the file."
+            )
+    for name, type_ in (("best_global_step", int), ("best_model_checkpoint", str)):
+        if not isinstance(state.get(name), (type_, type(None))):
+            raise InputError(f"{path}: {name} is {state[name]!r:.60}; restore the file.")
 
 
 def find_evaluations(folder: Path) -> list[Path]:
@@ -245,7 +371,11 @@ def _read_evaluation(folder: Path, identity: dict[str, Any]) -> Evaluated:
     evaluation = load_evaluation(folder)
     augmentations = evaluation.manifest.get("augmentations")
     if augmentations:
-        is_policy = all(augmentations.get(name) == value for name, value in identity.items())
+        # The revision of an adapter is followed by that of its base model.
+        revision = str(augmentations.get("revision")).partition("+")[0]
+        is_policy = all(
+            (augmentations | {"revision": revision}).get(name) == value for name, value in identity.items()
+        )
         return Evaluated(folder, evaluation, "policy" if is_policy else "other")
     return Evaluated(folder, evaluation, "other" if "rm3" in evaluation.manifest["retriever"] else "none")
 

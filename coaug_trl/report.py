@@ -25,12 +25,12 @@ from .compare import (
     Comparison,
     Pair,
     Table,
-    compare_folders,
     format_p,
+    language_of,
 )
 from .errors import InputError
 from .evaluation import TEXTS_FILE
-from .examples import read_texts
+from .examples import read_examples, read_texts
 from .pages import (
     Bars,
     Block,
@@ -72,12 +72,17 @@ QUERY_LENGTH = 100
 
 @dataclass(frozen=True)
 class Contrast:
-    """The policy against one other system: the other's place and the policy's, their pair, and the two alone."""
+    """
+    The policy against one other system: the other's place and the policy's, their pair, and the two alone. `kind` is
+    what the headline calls the other, `label` what its bar is called.
+    """
+
+    kind: str
 
     label: str
     other: int
     policy: int
-    pair: Pair
+    pair: Pair  # corrected for all systems
     alone: Comparison
 
 
@@ -166,7 +171,7 @@ def make_report(
         folders += beneath
     folders = list({path.resolve(): path for path in folders}.values())
 
-    results = [_results(group) for group in run.record.comparable]
+    results = [_results(run, group) for group in run.record.comparable]
     results.sort(key=lambda each: each.group[-1].system != "policy")  # what is about this policy comes first
     headline, bars, hints = _headline(run, results)
     sections = [
@@ -213,7 +218,7 @@ def _find_augmentations(folder: Path) -> list[Path]:
     )
 
 
-def _results(group: list[Evaluated]) -> Results:
+def _results(run: _Run, group: list[Evaluated]) -> Results:
     notes = []
     if len(group) > len(LETTERS):
         notes.append(f"{len(LETTERS)} evaluations are compared, {len(group) - len(LETTERS)} more left out")
@@ -221,9 +226,8 @@ def _results(group: list[Evaluated]) -> Results:
     measures = group[-1].evaluation.measures
     if len(group) == 1:
         return Results(group, MEASURE if MEASURE in measures else measures[0], None, [], notes)
-    comparison = compare_folders([evaluated.folder for evaluated in group])
-    # Without the note on examples: which systems they are of is decided below.
-    notes += [note for note in comparison.notes if not note.startswith("no examples")]
+    comparison = run.record.compare(group)
+    notes += comparison.notes
     measure = MEASURE if MEASURE in comparison.values else next(iter(comparison.values))
     return Results(group, measure, comparison, _contrasts(group, comparison, measure), notes)
 
@@ -233,28 +237,41 @@ def _contrasts(group: list[Evaluated], comparison: Comparison, measure: str) -> 
     if group[policy].system != "policy":
         return []
     means = comparison.means(measure)
+    alike = [_searched_with(each) == _searched_with(group[policy]) for each in group]
     plain = [place for place, each in enumerate(group) if each.system == "none"]
-    retriever = group[policy].evaluation.manifest.get("retriever")
-    plain.sort(key=lambda place: group[place].evaluation.manifest.get("retriever") != retriever)
+    plain.sort(key=lambda place: not alike[place])
     others = [place for place, each in enumerate(group) if each.system != "policy" and place not in plain[:1]]
-    chosen = [("no augmentation", place) for place in plain[:1]]
+    # neither another retriever nor another trained policy is a baseline
+    baselines = [place for place in others if alike[place] and group[place].system == "other"]
+    baselines = [place for place in baselines if not _trained_for(group[place])]
+    chosen = []
+    if plain:
+        kind = "no augmentation" + " and another retriever" * (not alike[plain[0]])
+        chosen.append((kind, kind, plain[0]))
     if others:
-        best = max(others, key=means.__getitem__)
-        chosen.append((f"the best baseline, {comparison.names[best]}", best))
-    return [
-        Contrast(
-            label,
-            place,
-            policy,
-            next(
-                each
-                for each in comparison.pairs
-                if (each.measure, each.earlier) == (measure, place) and each.later == policy
-            ),
-            compare_folders([group[place].folder, group[policy].folder], [measure]),
-        )
-        for label, place in chosen
-    ]
+        best = max(baselines or others, key=means.__getitem__)
+        name = comparison.names[best]
+        chosen.append((f"the best {'baseline' if baselines else 'other system'}, {name}", name, best))
+    contrasts = []
+    for kind, label, place in chosen:
+        alone = comparison.between(place, policy)
+        (pair,) = (pair for pair in alone.pairs if pair.measure == measure)
+        changes, both = alone.changes(measure), [group[place], group[policy]]
+        if changes and all((each.folder / TEXTS_FILE).is_file() for each in both):
+            languages = [language_of(each.evaluation) for each in both]
+            alone = replace(alone, examples=read_examples([each.folder for each in both], changes, languages))
+        contrasts.append(Contrast(kind, label, place, policy, pair, alone))
+    return contrasts
+
+
+def _searched_with(evaluated: Evaluated) -> dict[str, Any]:
+    """The retriever's configuration, but for RM3, which adds to queries as a policy does."""
+    return {name: value for name, value in evaluated.evaluation.manifest["retriever"].items() if name != "rm3"}
+
+
+def _trained_for(evaluated: Evaluated) -> dict[str, Any]:
+    """The retriever that the model behind the augmentations was trained for; empty for an untrained one."""
+    return (evaluated.evaluation.manifest.get("augmentations") or {}).get("retriever") or {}
 
 
 # Sections
@@ -282,25 +299,39 @@ def _headline(run: _Run, results: list[Results]) -> tuple[list[str], Bars | None
         text = f"There are evaluations of other systems on {queries}, but none of this policy."
         return [text], Bars(main.measure, f"{main.measure} on {queries}", means, source), [hint]
     value = policy.evaluation.metrics[main.measure]
-    sentences = [f"On {queries}, {main.measure} is {value:.4f} with this policy."]
+    settings, retriever = run.record.settings, policy.evaluation.manifest["retriever"]
+    sentences = [
+        f"On {queries}, {main.measure} is {value:.4f} with this policy, which augments {_both(policy.sides)} for "
+        f"{_name(retriever) if retriever == settings.retriever else _describe(retriever)} in "
+        f"{run.source(policy.folder)[0]}.",
+        *_caveats(run.record, main.group),
+    ]
     rows = [("this policy", value)]
     for contrast in main.contrasts:
         pair = contrast.pair
         other = main.group[contrast.other].evaluation.metrics[main.measure]
         sentences.append(
-            f"With {contrast.label}, it is {other:.4f}. The policy's difference is {_signed(pair.mean_difference)} "
-            f"({_p(pair.p_t_test_holm)}): better for {_queries(pair.wins)}, equal for {pair.ties:,}, worse for "
-            f"{pair.losses:,}."
+            f"With {contrast.kind}, it is {other:.4f}. The policy's difference is {_signed(pair.mean_difference)} "
+            f"({_interval(pair)}{_p(pair.p_t_test_holm)}): better for {_queries(pair.wins)}, equal for "
+            f"{pair.ties:,}, worse for {pair.losses:,}."
         )
-        name = (
-            "no augmentation" if main.group[contrast.other].system == "none" else main.comparison.names[contrast.other]
+        rows.insert(-1, (contrast.label, other))
+    if main.contrasts:
+        sentences.append(
+            f"p is that of the paired t test after Holm's correction for {main.comparison.family}; the intervals, by "
+            "Student's t, are not corrected."
         )
-        rows.insert(-1, (name, other))
     source = run.source(
         *(main.group[contrast.other].folder / "metrics.json" for contrast in main.contrasts),
         policy.folder / "metrics.json",
     )
     hints = []
+    if retriever != settings.retriever or policy.sides != sorted(settings.sides):
+        text = (
+            f"It was trained to augment {_both(settings.sides)} for {_describe(settings.retriever)}, and has not been "
+            "evaluated so. To do so:"
+        )
+        hints.append(Hint(text, EVALUATE))
     if not any(main.group[contrast.other].system == "none" for contrast in main.contrasts):
         hints.append(Hint("It has not been compared with retrieval without augmentation. To do so:", BASELINE))
     bars = (
@@ -309,6 +340,28 @@ def _headline(run: _Run, results: list[Results]) -> tuple[list[str], Bars | None
         else None
     )
     return sentences, bars, hints
+
+
+def _caveats(record: RunRecord, group: list[Evaluated]) -> list[str]:
+    """What the queries were used for in training."""
+    if record.uses(group, "train_split"):
+        return ["It was trained on these queries, so this does not tell how it does on new ones: evaluate it on test."]
+    chosen = record.best_step is not None or record.training.get("arguments", {}).get("load_best_model_at_end")
+    if chosen and record.uses(group, "eval_split"):
+        return [
+            "Checkpoints were chosen on these queries, so values are higher than on new ones: evaluate it on test."
+        ]
+    return []
+
+
+def _both(sides: Iterable[str]) -> str:
+    """The augmented sides in words, queries first."""
+    return " and ".join(_SIDES[side] for side in _SIDES if side in sides)
+
+
+def _interval(pair: Pair) -> str:
+    low, high = pair.interval
+    return "" if math.isnan(low) else f"95\N{NO-BREAK SPACE}% interval {_signed(low)} to {_signed(high)}, "
 
 
 def _queries(count: int) -> str:
@@ -343,7 +396,7 @@ def _trained(run: _Run) -> list[Block]:
         )
     rows = [
         ("Base model", training.get("base_model")),
-        ("Trained", f"{trained_part}; {' and '.join(_SIDES[side] for side in settings.sides)} augmented"),
+        ("Trained", f"{trained_part}; {_both(settings.sides)} augmented"),
         ("Collection", training.get("collection")),
         ("Splits", _splits(training)),
         ("Counts", counts),
@@ -361,7 +414,7 @@ def _trained(run: _Run) -> list[Block]:
     files = [TRAINING_FILE] * bool(training) + [POLICY_FILE]
     blocks: list[Block] = [Facts([(name, str(value)) for name, value in rows if value], run.of_record(*files))]
     if not training:
-        text = f"There is no {TRAINING_FILE} (version 0.1.0 wrote none), so what it was trained on is not known."
+        text = f"There is no {TRAINING_FILE} (an older version wrote none), so what it was trained on is not known."
         blocks.append(Hint(text))
     for side in settings.sides:
         prompt = getattr(settings.prompt_set, side)
@@ -384,6 +437,11 @@ def _splits(training: dict[str, Any]) -> str | None:
 _SIDES = {"query": "queries", "document": "documents"}
 
 
+def _name(config: dict[str, Any]) -> str:
+    """A retriever's name alone, or that of its encoder."""
+    return str(config.get("model", config.get("retriever", "an unknown retriever")))
+
+
 def _describe(config: dict[str, Any]) -> str:
     """A retriever's configuration in a line."""
     rest = ", ".join(f"{name} {_value(value)}" for name, value in config.items() if name != "retriever")
@@ -400,7 +458,12 @@ def _finite(value: Any) -> float | None:
 
 # name of the metric, title, what it is, format of its numbers
 _BY_TYPE = (
-    ("reward", "Reward", "Mean expected nDCG@{k} of rollouts; lines that cover each other are equal.", ".4f"),
+    (
+        "reward",
+        "Reward",
+        "Mean expected nDCG@{k} of rollouts; lines that cover each other are nearly equal; see Numbers.",
+        ".4f",
+    ),
     (
         "advantage_std",
         "Spread of advantages",
@@ -478,7 +541,7 @@ def _step_table(title: str, series: dict[str, list[tuple[int, float]]], form: st
 
 
 def _dev_figure(run: _Run) -> Figure | None:
-    record, training = run.record, run.record.training
+    record = run.record
     names = {name for entry in record.history for name in entry if re.fullmatch(r"eval_nDCG@\d+", name)}
     if not names:
         return None
@@ -488,13 +551,11 @@ def _dev_figure(run: _Run) -> Figure | None:
         return None
     best = max(series["rebuilt"], key=lambda point: point[1])
     kept = ""
-    if (record.folder / f"checkpoint-{best[0]}").is_dir():
+    if (run.folder / f"checkpoint-{best[0]}").is_dir():
         kept = f", kept as checkpoint-{best[0]}"
-    elif training:
-        last = not training.get("arguments", {}).get("load_best_model_at_end")
-        kept = "; the folder has the weights of the " + (
-            f"last step, {record.history[-1]['step']}" if last else "best"
-        )
+    elif not run.checkpoint:  # an interrupted run says at its top what is reported
+        weights = _step_of_weights(record)
+        kept = f"; the folder has the weights of step {weights:,}" if weights is not None else ""
     note = f"Best: {best[1]:.4f} at step {best[0]:,}{kept}. "
     if series["training"]:
         note += (
@@ -502,6 +563,14 @@ def _dev_figure(run: _Run) -> Figure | None:
         )
     title = f"Dev {name.removeprefix('eval_')} by checkpoint"
     return _curve("dev", title, note, ".4f", series, run.of_record(TRAINER_STATE), best)
+
+
+def _step_of_weights(record: RunRecord) -> int | None:
+    """The step whose weights a finished run's folder has; `None` where its files do not tell."""
+    arguments = record.training.get("arguments")
+    if arguments is None:
+        return None
+    return record.best_step if arguments.get("load_best_model_at_end") else record.history[-1]["step"]
 
 
 def _tables(run: _Run, results: Results) -> list[Block]:
@@ -556,7 +625,7 @@ def _significance(results: Results) -> list[Block]:
         if same
         else [f"{text} by {name}" for name, text in texts.items()]
     )
-    rule = f"paired t test, Holm-corrected p < {SIGNIFICANT}"
+    rule = f"paired t test, p < {SIGNIFICANT} after Holm's correction for {comparison.family}"
     return [Paragraph(f"This policy ({comparison.names[policy]}) is {'; '.join(said)} ({rule}).")]
 
 
@@ -583,8 +652,7 @@ def _systems_table(run: _Run, results: Results) -> Table:
         row = [
             LETTERS[place],
             names[place],
-            " and ".join(_SIDES[side] for side in reversed(each.sides))
-            or ("queries" if "rm3" in retriever else "nothing"),
+            _both(each.sides) or ("queries" if "rm3" in retriever else "nothing"),
             by or "–",
             *[_describe(retriever)] * differ,
             f"{each.evaluation.metrics['num_queries']:,}",
@@ -623,7 +691,8 @@ def _gains(run: _Run, results: Results, contrast: Contrast) -> Figure:
     name = re.sub(r"[^\w-]", "-", f"chart-{'-'.join(run.source(*folders))}")
     svg = draw_gains(name, title, description, changes, f"change in {measure}")
     source = run.source(*(folder / "per_query.jsonl" for folder in folders))
-    return Figure(title, f"{mean[0].upper()}{mean[1:]}, {_p(pair.p_t_test_holm)}.", svg, table, source)
+    note = f"{mean[0].upper()}{mean[1:]}, {_interval(pair)}{_p(pair.p_t_test_holm)}."
+    return Figure(title, note, svg, table, source)
 
 
 def _query_texts(folder: Path, query_ids: Sequence[str]) -> dict[str, str]:
@@ -673,15 +742,26 @@ def _words(run: _Run, results: list[Results], folders: list[Path], given: str | 
         f"H(Q,D) of {collection.name} ({split}) in nats a word, 1 added to the documents' count of each word; words "
         f"as BM25 reads them ({language}); unseen: query words in no document"
     )
+    identity = run.record.identity or {}
+    own = {run.source(folder)[0] for folder in chosen if identity.items() <= manifests[folder].items()}
     # without a word in the queries there is no H, but augmentations may bring some
-    composed = [row for row in rows if row.texts != "augmentations"]
-    known = all(row.cross_entropy is not None for row in composed)
-    lowest = min(composed, key=lambda row: row.cross_entropy) if known else None
+    measured = [row for row in rows if row.texts != "augmentations" and row.cross_entropy is not None]
+    measured.sort(key=lambda row: (row.folder is None, row.folder not in own))  # this policy first, none last
+    values = []
+    for row in measured:
+        what = (
+            f"with {row.folder}" + " (this policy)" * (row.folder in own)
+            if row.folder
+            else "for the texts as they are"
+        )
+        values.append(f"{row.cross_entropy:.3f} {what}")
     text = "The lower H(Q,D), the likelier the words of the queries are in the documents."
-    if lowest:
-        text += f" It is {rows[0].cross_entropy:.3f} for the texts as they are"
-        with_ = f" and {lowest.cross_entropy:.3f} with {lowest.folder}"
-        text += f"{with_}." if lowest.folder else ", and no augmentation lowers it."
+    if values:
+        text += f" It is {' and '.join(filter(None, [', '.join(values[:-1]), values[-1]]))}."
+    text += (
+        " These are averages over different words: augmented queries have words of their own, so part of a difference "
+        "comes from them and not from the words that were there before."
+    )
     return [Paragraph(text), Numbers(alignment_table(rows, title), run.source(*chosen))]
 
 
@@ -704,8 +784,8 @@ def _cases(run: _Run, results: list[Results]) -> list[Block]:
     if not blocks:
         return [Hint("There are none: they need an evaluation of this policy and one of another system.")]
     text = (
-        "The queries that gained most and those that lost most, each with the relevant document that changed its rank "
-        "most. Words that query and document share are marked."
+        "The queries that gained most and those that lost most, each with the relevant document whose part in the DCG "
+        "changed most in the direction of the query's change. Words that query and document share are marked."
     )
     return [Paragraph(text), *blocks]
 

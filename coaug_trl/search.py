@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 DOCUMENTS_FILE = "documents.jsonl"
+# What an index must know of its augmentations.
+AUGMENTED_WITH = {"model", "revision", "prompt_hash", "generation", "retriever"}
 
 
 class Result(NamedTuple):
@@ -166,7 +168,13 @@ class SearchIndex:
         if not manifest.get("finished"):
             fault = "the index was begun but not finished" if "finished" in manifest else "there is no index"
             raise InputError(f"{name}: {fault}; make it with coaug index.")
-        return cls(folder, manifest, load_retriever(folder), hub_id=None if folder == Path(name) else str(name))
+        _check_manifest(manifest, name)
+        retriever = load_retriever(folder)
+        if different := retriever_differences(manifest["retriever"], retriever.config):
+            raise InputError(
+                f"{name}: {MANIFEST} and retriever.json differ in {', '.join(different)}; index the collection again."
+            )
+        return cls(folder, manifest, retriever, hub_id=None if folder == Path(name) else str(name))
 
     def augmenter(self, model: str) -> "Augmenter":
         """
@@ -202,6 +210,17 @@ class SearchIndex:
             prompt_set, generation = PromptSet.load(self.folder), GenerationSettings(**made_with["generation"])
         else:
             prompt_set, generation = PromptSet.default(self.retriever.kind), GenerationSettings()
+        if made_with and asdict(generation) != made_with["generation"]:
+            ours, theirs = asdict(generation), made_with["generation"]
+            differences = ", ".join(
+                f"{name} is {ours.get(name)} for the queries and {theirs.get(name)} for the documents"
+                for name in ours | theirs
+                if ours.get(name) != theirs.get(name)
+            )
+            raise InputError(
+                f"The documents of {self.name} were not augmented with the generation settings of {model}: "
+                f"{differences}. Augment and index the collection with this model."
+            )
         if made_with and prompt_set.hash != made_with["prompt_hash"]:
             differences = ", ".join(prompt_set.differences(PromptSet.load(self.folder)))
             raise InputError(
@@ -323,6 +342,25 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
+
+
+def _check_manifest(manifest: dict[str, Any], name: str | Path) -> None:
+    """Refuses a finished manifest that is not as [`SearchIndex.build`] writes it."""
+    made_with, retriever = manifest.get("augmentations"), manifest.get("retriever")
+    whole = (
+        isinstance(manifest.get("collection"), str)
+        and isinstance(manifest.get("num_documents"), int)
+        and isinstance(retriever, dict)
+        and "augmentations" in manifest
+        and (
+            made_with is None
+            or isinstance(made_with, dict)
+            and made_with.keys() >= AUGMENTED_WITH
+            and isinstance(made_with["generation"], dict)
+        )
+    )
+    if not whole:
+        raise InputError(f"{name}: {MANIFEST} is damaged; index the collection again.")
 
 
 def _read_documents(path: Path, ids: set[str]) -> dict[str, dict[str, Any]]:

@@ -13,9 +13,10 @@ from .demo import QRELS_FILE, QUERIES_FILE, JudgedQueries, model_name
 from .errors import InputError
 from .files import atomic_open
 from .hub import BM25S_FILES, INDEX_FILES, MODEL_FILES, TOKENIZER_FILES
+from .names import is_local
 from .policy import POLICY_FILE
 from .prompts import PROMPT_SET_FILE
-from .publish import check_weights, is_local, select_files
+from .publish import check_weights, select_files
 from .record import read_object
 from .search import SearchIndex
 
@@ -62,7 +63,8 @@ What a query finds as it is, beside what it finds with the words that a language
 - `app.py`, and `coaug_trl/`, the source of the package that serves it (version {version}), so that the package itself
   need not be installed
 
-It runs anywhere: `pip install -r requirements.txt`, then `python app.py`.
+It runs anywhere: `pip install -r requirements.txt`, then `python app.py`. Visitors are not told apart: whoever sees the
+Space can keep its model busy.
 
 The code is under the Apache License 2.0; documents, queries and models are under licenses of their own.
 """

@@ -19,6 +19,7 @@ _NO_PROGRESS = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL_BUT_STYLES = re.compile(rf"(?!\x1b\[[\d;]*m){_CONTROL.pattern}")
 _settings = {"quiet": False, "json": False}
 
 
@@ -35,8 +36,9 @@ def set_up(quiet: bool = False, as_json: bool = False) -> None:
     _settings.update(quiet=quiet, json=as_json)
     if quiet:
         os.environ.update(_NO_PROGRESS)
-    elif not sys.stderr.isatty():  # a log: a line now and then rather than ten a second
+    elif not sys.stderr.isatty():  # a log: a line now and then rather than ten a second, and none of short work
         os.environ.setdefault("TQDM_MININTERVAL", "30")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of transformers, too
 
 
 def is_quiet() -> bool:
@@ -80,7 +82,8 @@ def show(content: Any, shown: "RenderableType", indent: int | None = 2) -> None:
     if _settings["json"]:
         print(json.dumps(_finite(content), indent=indent, ensure_ascii=False, default=str))
     elif isinstance(shown, str):
-        print(visible(shown))
+        # a terminal gets the bold type of tables
+        print(_CONTROL_BUT_STYLES.sub(" ", shown) if sys.stdout.isatty() else visible(shown))
     else:
         _console(sys.stdout).print(shown)
 

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -177,7 +178,7 @@ def describe_run(history: list[dict], args: CoAugConfig) -> str:
     for name, label in (("reward", "reward"), (f"eval_nDCG@{args.ndcg_k}", f"dev nDCG@{args.ndcg_k}")):
         curve = [(entry[name], entry["step"]) for entry in history if name in entry]
         if curve:
-            best, step = max(curve)
+            best, step = max(curve, key=lambda point: point[0])  # the first of equals, as a checkpoint is chosen
             lines.append(f"{label}: {curve[0][0]:.4f} → {curve[-1][0]:.4f}, at best {best:.4f} at step {step:,}")
     last = {name: value for entry in history for name, value in entry.items()}
     cost = [f"{last['step']:,} optimizer steps"]
@@ -308,10 +309,13 @@ class CompactProgressCallback(ProgressCallback):
             shown = {name: f"{logs[key]:.3f}" for key, name in SHOWN.items() if logs.get(key) is not None}
             if shown:
                 self.training_bar.set_postfix(shown)
-            for key, value in logs.items():
-                if key == f"eval_nDCG@{args.ndcg_k}":
-                    with self.training_bar.external_write_mode():
-                        say(f"step {state.global_step}: {key} = {value:.4f}")
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        super().on_evaluate(args, state, control, **kwargs)
+        key = f"eval_nDCG@{args.ndcg_k}"
+        if state.is_world_process_zero and self.training_bar is not None and key in (metrics or {}):
+            with self.training_bar.external_write_mode():
+                say(f"step {state.global_step}: {key} = {metrics[key]:.4f}")
 
 
 def set_up_logging() -> None:
@@ -337,6 +341,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[CoAugScriptArgu
     if "--dry_run" in arguments and not torch.cuda.is_available():
         arguments = [*arguments, "--use_cpu", "true"]  # what is planned is for another machine
     try:
+        _refuse_unknown_options(arguments, parser)
         if "--config" in arguments:
             _refuse_unknown_fields(arguments[arguments.index("--config") + 1], parser)
         script_args, training_args, model_args = parser.parse_args_and_config(arguments)
@@ -347,6 +352,13 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[CoAugScriptArgu
     if model_args.model_name_or_path is None:
         raise InputError(
             "model_name_or_path is missing; give a folder or a Hub id, such as Qwen/Qwen2.5-0.5B-Instruct."
+        )
+    if (Path(model_args.model_name_or_path) / "adapter_config.json").is_file():
+        raise InputError(
+            f"{model_args.model_name_or_path} is an adapter, and training begins from whole weights; merge it first: "
+            f'python -c "from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('
+            f"'{model_args.model_name_or_path}').merge_and_unload().save_pretrained('MERGED')\", copy its tokenizer "
+            "files there, and give that folder."
         )
     if model_args.dtype not in DTYPES:
         raise InputError(f"dtype is {model_args.dtype!r}; use one of {', '.join(DTYPES)}.")
@@ -364,13 +376,29 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[CoAugScriptArgu
 
 def _refuse_unknown_fields(recipe: str, parser: TrlParser) -> None:
     """TRL's parser finds a misspelt field only after the values of the others, which may make no sense without it."""
+    if not Path(recipe).is_file():
+        raise InputError(
+            f"{recipe}: there is no such recipe; give one, such as recipes/nfcorpus/qwen2.5-7b-bm25.yaml."
+        )
     content = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
     known = {field.name for dataclass_type in parser.dataclass_types for field in fields(dataclass_type)} | {"env"}
     for name in content if isinstance(content, dict) else ():
         if name not in known:
-            similar = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {similar[0]}?" if similar else ""
-            raise InputError(f"{recipe}: there is no field {name!r}{hint} (see coaug train --help)")
+            raise InputError(f"{recipe}: there is no field {name!r}{_similar(name, known)}")
+
+
+def _refuse_unknown_options(arguments: list[str], parser: TrlParser) -> None:
+    known = {option for action in parser._actions for option in action.option_strings} | {"--config"}
+    for argument in arguments:
+        option = argument.partition("=")[0]
+        # argparse takes an option that begins like a single one for that one
+        if option.startswith("--") and not any(name.startswith(option) for name in known):
+            raise InputError(f"there is no option {option}{_similar(option, known)}")
+
+
+def _similar(name: str, known: Iterable[str]) -> str:
+    similar = difflib.get_close_matches(name, known, n=1)
+    return (f"; did you mean {similar[0]}?" if similar else "") + " (see coaug train --help)"
 
 
 def load_tokenizer(training_args: CoAugConfig, model_args: ModelConfig):

@@ -3,9 +3,11 @@
 import copy
 import json
 import logging
+import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, run_as_future
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, rotate_checkpoints
+from transformers.utils import PushInProgress
 from trl import GRPOTrainer
 
 from .augmented import AugmentedCollection
@@ -47,7 +50,7 @@ from .guards import (
     refuse_not_finite_loss,
     refuse_not_finite_weights,
 )
-from .hub import CARD_FILE, check_access, explained, push
+from .hub import CARD_FILE, check_access, check_private, explained, push
 from .interruption import StopOnSignal
 from .negatives import HARD_NEGATIVES_FILE, mine_hard_negatives
 from .policy import GenerationSettings, PolicySettings
@@ -58,6 +61,7 @@ from .retrieval import Retriever
 from .rewards.extra import fail_together
 from .rewards.joint import Corpus, JointReward
 from .sampler_head import add_sampler_head
+from .terminal import is_json
 from .trackers import tame_trackio, tracking
 
 
@@ -350,9 +354,19 @@ class CoAugTrainer(GRPOTrainer):
         trackers = self.args.report_to
         self.args.report_to = [name for name in trackers if name != "trackio"]
         try:
-            super().log(logs, start_time)
+            with self._printing():
+                super().log(logs, start_time)
         finally:
             self.args.report_to = trackers
+
+    @contextmanager
+    def _printing(self):
+        """Keeps TRL's table of completions, which is there even with none to print, from where it does not belong."""
+        none = self.num_completions_to_print == 0 and not self.args.disable_tqdm  # which prints what is logged
+        with open(os.devnull, "w") as nowhere:
+            file = sys.stderr if is_json() else nowhere if none else sys.stdout
+            with redirect_stdout(file):
+                yield
 
     # Guards
 
@@ -557,27 +571,50 @@ class CoAugTrainer(GRPOTrainer):
             self.args.save_total_limit = limit
         if self.args.push_to_hub:
             self._push_checkpoint(folder)
-        if self.args.should_save:
+        if self.args.should_save and not self._is_pushing():  # which reads from an older checkpoint
             rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
         self.accelerator.wait_for_everyone()
+
+    def _is_pushing(self) -> bool:
+        pushing = getattr(self, "push_in_progress", None)
+        return pushing is not None and not pushing.is_done()
+
+    def _finish_current_push(self) -> None:
+        waited = self._is_pushing()
+        super()._finish_current_push()
+        if waited and self.args.should_save:
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(self._get_output_dir(trial=None), limit, best, use_mtime=True)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Not yet, and not so: the base class would push it before it is marked as whole, and pickles with it."""
 
     def _push_checkpoint(self, folder: Path) -> None:
-        """Pushes a checkpoint as a policy; a Hub that fails does not end a training."""
+        """
+        Pushes a checkpoint as a policy while training goes on, unless the one before is still on its way; a Hub that fails
+        does not end a training.
+        """
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
+        if self._is_pushing() and not self.args.hub_always_push:
+            return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        message = f"Training in progress, step {self.state.global_step}"
+        jobs = self.push_in_progress.jobs if self._is_pushing() else []
+        jobs.append(run_as_future(self._try_push, folder, message))
+        self.push_in_progress = PushInProgress(jobs)
+
+    def _try_push(self, folder: Path, message: str) -> None:
         try:
             push(
                 prepare_run(folder, self.hub_model_id),
                 self.hub_model_id,
+                private=self.args.hub_private_repo,
                 revision=self.args.hub_revision,
-                commit_message=f"Training in progress, step {self.state.global_step}",
+                commit_message=message,
                 token=self.args.hub_token,
             )
-        except InputError as error:
+        except (InputError, OSError) as error:
             logger.warning(f"{folder} was not pushed: {error}")
 
     def _save_own_state(self, folder: Path) -> None:
@@ -614,9 +651,12 @@ class CoAugTrainer(GRPOTrainer):
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         token = token or self.args.hub_token
+        private = self.args.hub_private_repo if private is None else private
         check_access(token)
         with explained(self.args.hub_model_id or Path(self.args.output_dir).absolute().name):
             super().init_hf_repo(token, private)
+            if private and self.is_world_process_zero():  # a repository that was there stays as public as it is
+                check_private(self.hub_model_id, token=token)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -678,6 +718,7 @@ class CoAugTrainer(GRPOTrainer):
         token = token or self.args.hub_token
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
+        self._finish_current_push()
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
@@ -693,7 +734,7 @@ class CoAugTrainer(GRPOTrainer):
         }
         if blocking:
             return push(upload, self.hub_model_id, **given)
-        return HfApi().run_as_future(push, upload, self.hub_model_id, **given)
+        return run_as_future(push, upload, self.hub_model_id, **given)
 
 
 def refuse_vanishing_updates(args: CoAugConfig) -> None:

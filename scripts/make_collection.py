@@ -41,6 +41,7 @@ def read_csv(path: Path, required: tuple[str, ...], unit: str) -> Iterator[tuple
             header = [name.strip() for name in next(reader, [])]
             missing = [name for name in required if name not in header]
             if missing:
+                _refuse_other_separator(path, header)
                 raise InputError(
                     f"{path}, line 1: the column {missing[0]!r} is missing: the header has {', '.join(header) or 'none'}, "
                     f"and {', '.join(required)} with commas between them are needed"
@@ -60,11 +61,33 @@ def read_csv(path: Path, required: tuple[str, ...], unit: str) -> Iterator[tuple
                     )
                 yield place, dict(zip(header, values, strict=True))
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}, after line {line - 1}: not UTF-8 ({error}): save the file as UTF-8") from None
+        raise InputError(
+            f"{path}, line {_undecodable_line(path)}: not UTF-8 ({error.reason}): save the file as UTF-8 (in Excel: CSV UTF-8)"
+        ) from None
     except csv.Error as error:
         raise InputError(
             f"{path}, line {line}: not CSV ({error}): a double quote within a quoted field is written twice"
         ) from None
+
+
+def _refuse_other_separator(path: Path, header: list[str]) -> None:
+    """What spreadsheets of many countries write is not separated by commas."""
+    for separator in (";", "\t", "|"):
+        if any(separator in name for name in header):
+            raise InputError(
+                f"{path}, line 1: the separator seems to be {separator!r}: save the file with commas (in Excel: CSV UTF-8)"
+            )
+
+
+def _undecodable_line(path: Path) -> int:
+    """The first line that is not UTF-8; a text file is decoded in blocks, so that its error does not tell."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return number
 
 
 def read_documents(path: Path, ids: set[str]) -> Iterator[dict[str, str]]:
@@ -150,7 +173,10 @@ def make_collection(options: argparse.Namespace) -> None:
             raise InputError(f"{name} is {getattr(options, name):g}; use a share of the queries, such as 0.2")
     output = options.output
     if output.exists():
-        raise InputError(f"{output} is there already; choose another folder, or delete it")
+        raise InputError(
+            f"{output} is there already; choose another folder, delete it, or, where documents alone have changed, write "
+            "them to its corpus.jsonl, so that the queries stay split as they are"
+        )
     next(
         read_csv(options.judgments, ("query", "document_id"), "judgments"), None
     )  # refused now, not after the documents

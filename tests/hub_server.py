@@ -10,13 +10,32 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 
 # As in the .gitattributes of new repositories.
+# Of a card: what the Hub takes as dataset.type of a result, and as a repository elsewhere; and of branches.
+DATASET_TYPE = re.compile(r"([\w-]+/)?[\w.-]+", re.ASCII)
+REPO_ID = re.compile(r"[\w-]+/[\w.-]+", re.ASCII)
+BRANCH = re.compile(r"(?!.*\.\.)[\w][\w./-]*", re.ASCII)
 LFS = (".safetensors", ".npy", ".parquet", ".bin", ".faiss", ".png", ".model")
 
 
 def git_hash(content):
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def wrong_metadata(data):
+    """What the Hub says against the metadata of a card."""
+    for index in data.get("model-index") or []:
+        for result in index["results"]:
+            if not DATASET_TYPE.fullmatch(str(result["dataset"]["type"])):
+                yield '"model-index[0].results[0].dataset.type" fails to match the required pattern'
+    for key in ("base_model", "datasets"):
+        values = data.get(key) or []
+        for value in [values] if isinstance(values, str) else values:
+            if not REPO_ID.fullmatch(str(value)):
+                yield f'"{key}" with value "{value}" is not valid'
 
 
 @dataclass
@@ -45,7 +64,7 @@ class Hub:
     The state of the server; tokens are `token-USER`.
 
     Switches: after `fail_after` uploads of content the server refuses all others, and whatever is in `fail` (a part of
-    a path) is refused, both with the status `fail_with`.
+    a path) is refused, both with the status `fail_with`. A commit waits for the event `hold`, if there is one.
     """
 
     def __init__(self):
@@ -54,6 +73,7 @@ class Hub:
         self.uploads = []  # of each content, its SHA-256
         self.requests = Counter()
         self.fail_after, self.fail, self.fail_with = None, None, 507
+        self.hold = None
 
     def start(self):
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -176,6 +196,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def branch(self, kind, repo_id, name):
         repository = self._writable(kind, repo_id)
+        if not BRANCH.fullmatch(name):
+            raise _Error(400, f"Invalid reference name: {name}")
         if name in repository.branches:
             raise _Error(409, "Reference already exists")
         repository.branches[name] = repository.branches["main"]
@@ -269,6 +291,7 @@ class _Handler(BaseHTTPRequestHandler):
         content = json.loads(self.body)["content"]
         found = re.match(r"---\n(.*?)\n---", content, re.DOTALL)
         errors = [] if found else [{"message": "there is no metadata"}]
+        errors += [{"message": line} for line in wrong_metadata(yaml.safe_load(found[1]) or {})] if found else []
         self._send({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def preupload(self, kind, repo_id, revision):
@@ -303,6 +326,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def commit(self, kind, repo_id, revision):
         repository = self._writable(kind, repo_id)
+        if self.hub.hold:
+            self.hub.hold.wait(60)
         parent, files = self._found(repository, revision)
         files, message = dict(files), ""
         for line in self.body.splitlines():

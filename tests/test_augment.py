@@ -416,13 +416,21 @@ def test_a_policy_brings_its_settings(policy, small, tmp_path):
 
 def test_settings_that_contradict_a_policys_are_refused(policy):
     with pytest.raises(
-        InputError, match=f"trained with the prompt set {PROMPT_SET.hash}, not .*leave the prompt set out"
+        InputError,
+        match=f"trained with the prompt set {PROMPT_SET.hash}, not .*differ in query, .*leave the prompt set out",
     ):
         Augmenter.from_pretrained(str(policy), prompt_set=PromptSet.default())
     with pytest.raises(
         InputError, match="max_new_tokens=24.*not.*max_new_tokens=99.*leave the generation settings out"
     ):
         Augmenter.from_pretrained(str(policy), generation=GenerationSettings(max_new_tokens=99))
+
+
+def test_a_retriever_that_is_not_the_policys_is_refused(refused, coaug, policy, beir_folder, tmp_path):
+    arguments = ["augment", "--model", policy, "--collection", beir_folder, "--output", tmp_path / "out"]
+    assert f"--retriever is dense, and {policy} is a policy for bm25" in refused(*arguments, "--retriever", "dense")
+    assert not (tmp_path / "out").exists()
+    assert coaug(*arguments, "--retriever", "bm25", "--side", "query")[0] == 0
 
 
 def test_a_model_not_trained_here_takes_the_given_settings_or_the_packages(tiny_model):
@@ -456,9 +464,15 @@ def test_a_policys_modified_prompt_set_is_detected(policy):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"prompt_hash": "x", "retriever": {}, "generation": {"new": 1}}']
+    "content",
+    [
+        *("{", "[]", "{}", '{"prompt_hash": "x", "retriever": {}, "generation": {"new": 1}}'),
+        *({"augment": "neither"}, {"augment": ["query"]}, {"retriever": "bm25"}, {"retriever": None}),
+    ],
 )
 def test_a_policys_damaged_settings_are_refused_by_file(policy, content):
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((policy / "coaug.json").read_text(encoding="utf-8")) | content)
     (policy / "coaug.json").write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match="coaug.json"):
         PolicySettings.load(policy)
@@ -518,8 +532,22 @@ def test_a_folder_without_augmentations_is_refused(tmp_path):
 def test_a_side_that_is_not_there_is_refused(own_folder):
     (own_folder / "queries.jsonl").unlink()
     shutil.rmtree(own_folder / "queries.shards")
+    with pytest.raises(InputError, match="queries.jsonl is missing there; restore it"):
+        AugmentedCollection.load(own_folder)
+    manifest = json.loads((own_folder / "manifest.json").read_text(encoding="utf-8"))
+    del manifest["sides"]["query"]
+    (own_folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(InputError, match="there is no queries.jsonl yet"):
         AugmentedCollection.load(own_folder, ["query"])
+
+
+def test_a_side_that_the_manifest_does_not_have_is_not_read(own_folder):
+    """Such as one that another model made, which lies there still."""
+    manifest = json.loads((own_folder / "manifest.json").read_text(encoding="utf-8"))
+    del manifest["sides"]["query"]
+    (own_folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    shutil.rmtree(own_folder / "queries.shards")
+    assert AugmentedCollection.load(own_folder).answers.keys() == {"document"}
 
 
 def test_a_side_begun_and_not_finished_is_refused_though_the_other_is_there(own_folder):

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from hub_server import wrong_metadata
 from huggingface_hub import DatasetCard, ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from markdown_it import MarkdownIt
@@ -20,7 +21,7 @@ from coaug_trl.cards import CURVES_FILE, augmentations_card, draw_curves, index_
 from coaug_trl.cli import _parser
 from coaug_trl.compare import compare_folders
 from coaug_trl.policy import GenerationSettings, PolicySettings
-from coaug_trl.record import RunRecord, load_record
+from coaug_trl.record import RunRecord, describe_training, load_record
 from coaug_trl.search import SearchIndex
 
 
@@ -235,6 +236,77 @@ def test_the_licence_is_that_of_the_base_model(record, tmp_path):
     assert "`qwen-research`" in section(card, "Licence")
     (tmp_path / "README.md").write_text("---\n: [\n---\n# Damaged\n")
     assert model_card(record, REPO).data.license is None
+
+
+def test_the_licence_that_training_saw_is_stated(record):
+    stated = {"license": "other", "license_name": "qwen-research", "license_link": "https://example.org/terms"}
+    hub = {"base_model": "Qwen/Qwen2.5-0.5B", "base_model_is_folder": False, "base_license": stated}
+    card = model_card(replace(record, training=record.training | hub, evaluations=[]), REPO)
+    assert {name: card.data.get(name) for name in stated} == stated
+    assert "`qwen-research`" in section(card, "Licence")
+
+
+def test_no_secret_and_no_default_is_kept_of_the_arguments(collection, tmp_path):
+    kwargs = {"dtype": "float32", "token": "hf_kwarg", "more": [{"api_key": "key", "note": "use hf_inner"}]}
+    (tmp_path / "added").mkdir()
+    args = CoAugConfig(
+        str(tmp_path / "run"),
+        hub_token="hf_argument",
+        model_init_kwargs=kwargs,
+        vllm_server_host="alice.example.org",
+        augmentations=f"{tmp_path}/added/",
+        candidate_pool="corpus",
+        label_names=[],
+        learning_rate=2e-3,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+    )
+    training = describe_training(args, collection, None, "runs/untrained", "cpu")
+    arguments = training["arguments"]
+    assert arguments["model_init_kwargs"] == {"dtype": "float32", "more": [{}]}
+    assert arguments["augmentations"] == "added" and arguments["learning_rate"] == 2e-3
+    assert not {"output_dir", "hub_token", "vllm_server_host", "label_names"} & arguments.keys()
+    assert not [value for value in arguments.values() if value in (None, [], {})]
+    for secret in ("hf_", "key", "alice", str(tmp_path)):
+        assert secret not in json.dumps(training)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("irds:beir/nfcorpus/test", "irds-beir-nfcorpus-test"),
+        ("my notes", "my-notes"),
+        ("BeIR/nfcorpus", "BeIR/nfcorpus"),
+        ("ü", "collection"),
+    ],
+)
+def test_the_hub_takes_the_metadata_whatever_the_collection_is_called(record, name, place):
+    evaluations = [
+        replace(each, evaluation=replace(each.evaluation, manifest=each.evaluation.manifest | {"collection": name}))
+        for each in record.evaluations
+    ]
+    record = replace(record, training=record.training | {"collection": name}, evaluations=evaluations[-1:])
+    card = model_card(record, REPO)
+    assert {each.dataset_type for each in card.data.eval_results} == {place}
+    assert {each.dataset_name for each in card.data.eval_results} == {f"{name} (test)"}
+    assert list(wrong_metadata(yaml.safe_load(card.content.split("---\n")[1]))) == []
+
+
+def test_values_on_queries_that_training_saw_are_no_results(record):
+    def seen(**training):
+        card = model_card(replace(record, training=record.training | training), REPO)
+        return card.data.eval_results is None and "without augmentation, over" not in card.text, card
+
+    none, card = seen(train_split="test")
+    assert none
+    assert "no result, since the model was trained on these queries" in section(card, "Results")
+    assert "The values on advice (test) are no result" in section(card, "Limits")
+    assert "was not measured on held-out queries" in section(card, "Limits")
+    assert not seen(eval_split="test")[0]  # watched, not chosen by
+    none, card = seen(eval_split="test", arguments={"load_best_model_at_end": True})
+    assert none and "the checkpoint was chosen by these queries" in section(card, "Limits")
+    assert not seen(train_split="test", collection="another")[0]
 
 
 HOSTILE = "a |b`` <script>alert(1)</script>\n# [x](http://y) ![z](w) **c** | ---\n```\n</details>"

@@ -1,6 +1,8 @@
 import json
 import re
 import shutil
+import sys
+from dataclasses import replace
 from itertools import combinations
 from statistics import fmean
 
@@ -140,6 +142,26 @@ def test_the_queries_that_changed_most(comparison, folders):
     assert all((first[query_id], last[query_id]) == (before, after) for query_id, before, after in changes)
 
 
+def test_two_of_the_systems_keep_their_values_and_corrected_p_values(comparison, folders):
+    two, alone = comparison.between(1, 2), compare_folders(folders[1:])
+    assert two.names == alone.names and two.values == alone.values
+    assert [(pair.earlier, pair.later) for pair in two.pairs] == [(0, 1)] * len(MEASURES)
+    for pair, uncorrected in zip(two.pairs, alone.pairs, strict=True):
+        assert pair.p_t_test == uncorrected.p_t_test == uncorrected.p_t_test_holm
+        assert pair.p_t_test_holm >= pair.p_t_test and pair.mean_difference == uncorrected.mean_difference
+        low, high = pair.interval
+        assert low < pair.mean_difference < high and (low > 0 or high < 0) == (pair.p_t_test < 0.05)
+
+
+def test_more_queries_than_can_be_gone_through(tmp_path):
+    folders = [write_evaluation(tmp_path / str(seed), 1 + seed / 4, seed, num_queries=60) for seed in range(3)]
+    for pair in compare_folders(folders, ["AP"]).pairs:
+        earlier, later = (written_values(folders[place], "AP") for place in (pair.earlier, pair.later))
+        differences = np.array([later[query_id] - earlier[query_id] for query_id in earlier])
+        flips = stats.permutation_test((differences,), np.mean, permutation_type="samples", random_state=1)
+        assert pair.p_randomization == pytest.approx(flips.pvalue, abs=0.03)  # both are drawn
+
+
 def test_equal_systems_have_nothing_to_tell_apart(folders, tmp_path, compare_command):
     shutil.copytree(folders[0], tmp_path / "copy")
     code, printed, _ = compare_command(folders[0], tmp_path / "copy", "--measures", "AP")
@@ -174,6 +196,35 @@ def test_all_formats_hold_the_same_numbers(folders, comparison, compare_command)
     assert f"**{best}**<sup>ac</sup>" in printed["markdown"]
     assert rf"\textbf{{{best}}}\textsuperscript{{ac}}" in printed["latex"]
     assert f"Means over {NUM_QUERIES} queries" in printed["table"]
+
+
+@pytest.mark.parametrize("width", [30, 80, 200])
+def test_a_narrow_terminal_folds_names_and_never_numbers(comparison, monkeypatch, width):
+    whole = comparison.render("table")
+    many = replace(comparison, names=["a-system-with-a-long-name", *comparison.names[1:]])
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    printed = re.sub(r"\x1b\[[\d;]*m", "", many.render("table"))  # without bold type
+    assert sorted(numbers(printed)) == sorted(numbers(whole))
+    if width >= 80:
+        assert max(map(len, printed.splitlines())) <= width
+
+
+def test_a_terminal_gets_bold_type_and_a_pipe_does_not(folders, compare_command, monkeypatch):
+    assert "[1m" not in compare_command(*folders)[1]
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    _, printed, _ = compare_command(*folders)
+    assert "\x1b[1m" in printed and "[1m" not in printed.replace("\x1b[1m", "")
+
+
+def test_the_test_and_what_it_is_corrected_for_are_named(comparison, folders):
+    for name in ("table", "markdown", "latex"):
+        text = comparison.render(name)
+        assert text.count("the 3 pairs of systems, measure by measure") == 2 + len(MEASURES)
+        assert "paired t test" in text and "randomisation test" in text
+    assert "the one pair of systems" in compare_folders(folders[:2]).render("markdown")
 
 
 def test_the_matrix_has_every_pair_from_both_sides(comparison, folders):

@@ -1,4 +1,6 @@
+import copy
 import json
+import logging
 import os
 import re
 import shutil
@@ -7,7 +9,9 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import yaml
@@ -126,7 +130,7 @@ def ask(page, query):
     box = page.get_by_label("Query")
     box.fill("")
     box.press("Enter")
-    page.get_by_text("Type a query first.").wait_for()
+    page.locator(".notice").get_by_text("Type a query first.").wait_for()
     box.fill(query)
     box.press("Enter")
     page.get_by_role("heading", name="The model added").wait_for()
@@ -211,9 +215,12 @@ def test_both_sides_of_a_judged_query(browsing, demo, index, policy, advice, aug
             text = item.inner_text()
             assert f"score {score:.4f}" in text
             assert documents.corpus[id_].title in text and documents.corpus[id_].text in text
-            there = f"{'was' if place else 'now'} {ranks.get(id_, 'not found')}"
-            assert ("same rank" if ranks.get(id_) == rank else there) in text
-            assert (f"judged {grades.get(id_)}" in text) == (id_ in grades)
+            there = f"{'was' if place else 'now'} {ranks.get(id_)}"
+            nowhere = "not found without" if place else "not found with it"
+            there = ("same rank" if ranks[id_] == rank else there) if id_ in ranks else nowhere
+            assert there in text
+            judged = f"relevant (grade {grades.get(id_)})" if grades.get(id_) else "judged not relevant (0)"
+            assert (judged in text) == (id_ in grades)
             assert (item.get_attribute("class") == "relevant") == (grades.get(id_, 0) > 0)
     assert "A judged query with 3 relevant documents" in browsing.locator(".summary").inner_text()
     assert figure(sides.nth(0), "augment") is None
@@ -255,7 +262,7 @@ def test_words_of_a_documents_augmentation_are_told(demo, index, augmentations):
     for document, matched in zip(documents.values(), found, strict=True):
         (own,) = analyzer.terms([f"{document['title']} {document['text']} {added[document['_id']]}"])
         assert matched == set(terms) & set(own)
-    *_, (_, shown) = demo.answer(JUDGED)
+    *_, (_, shown, _) = demo.answer(JUDGED)
     assert "in its augmentation: " in shown
 
 
@@ -264,8 +271,8 @@ def test_words_of_a_documents_augmentation_are_told(demo, index, augmentations):
     [("", "Type a query first."), (" \t ", "Type a query first."), ("x" * 501, "501 characters; at most 500")],
 )
 def test_queries_that_cannot_be_searched_for(demo, query, said):
-    ((augmentation, results),) = demo.answer(query)
-    assert said in augmentation and results == ""
+    ((augmentation, results, status),) = demo.answer(query)
+    assert said in augmentation and said in status and results == ""
 
 
 def test_the_box_takes_no_more_than_is_said(browsing):
@@ -273,7 +280,7 @@ def test_the_box_takes_no_more_than_is_said(browsing):
     box = browsing.get_by_label("Query")
     box.fill("")
     box.press("Enter")
-    browsing.get_by_text("Type a query first.").wait_for()
+    browsing.locator(".notice").get_by_text("Type a query first.").wait_for()
     assert browsing.locator(".columns").count() == 0
     # also where a browser does not keep to it
     browsing.evaluate(
@@ -281,7 +288,7 @@ def test_the_box_takes_no_more_than_is_said(browsing):
     )
     box.fill("a" * (MAX_QUERY + 1))
     box.press("Enter")
-    browsing.get_by_text("at most 500 are taken").wait_for()
+    browsing.locator(".notice").get_by_text("at most 500 are taken").wait_for()
 
 
 def test_a_query_without_a_word_to_search_for(browsing):
@@ -337,19 +344,247 @@ def test_a_phone_shows_all_of_it(chromium, demo, scheme):
     context.close()
 
 
+def test_the_search_button_can_be_read(chromium, demo):
+    """The contrast of WCAG 2.2, of which it asks 4.5 to 1."""
+
+    def luminance(color):
+        red, green, blue = (
+            part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+            for part in (int(number) / 255 for number in re.findall("[0-9]+", color)[:3])
+        )
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    for scheme in ("light", "dark"):
+        page = chromium.new_page(color_scheme=scheme)
+        page.goto(demo.url)
+        button = page.get_by_role("button", name="Search", exact=True)
+        colors = button.evaluate("b => [getComputedStyle(b).color, getComputedStyle(b).backgroundColor]")
+        low, high = sorted(map(luminance, colors))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, (scheme, colors)
+        page.close()
+
+
+def test_what_is_done_is_said_to_those_who_hear_the_page(browsing):
+    status = browsing.locator(".coaug-status[role=status]")
+    status.evaluate("element => { element.dataset.same = 'yes' }")
+    added, sides = ask(browsing, JUDGED)
+    counts = [side.locator("li").count() for side in sides.all()]
+    counts = [f"{count} result{'s' * (count != 1)}" for count in counts]
+    words = len(added.split())
+    said = f"The model added {words} word{'s' * (words != 1)}; {counts[0]} without augmentation, {counts[1]} with it."
+    until(lambda: status.text_content().strip() == said)
+    assert status.get_attribute("data-same") == "yes"  # an element that comes with its text is not read out
+    box = browsing.get_by_label("Query")
+    box.fill("")
+    box.press("Enter")
+    until(lambda: status.text_content().strip() == "Type a query first.")
+
+
+# Several visitors
+
+
+class SlowEngine:
+    """Writes a word every 0.1 s, so that there is something to wait for; remembers for what it was asked."""
+
+    name = "transformers"
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.log, self.words = tokenizer, [], 300
+
+    def stream(self, prompt, generation):
+        (query,) = re.findall("vitamin \\w+", self.tokenizer.decode(prompt))
+        text = "<answer>"
+        try:
+            while text.count("word") < self.words:
+                time.sleep(0.1)
+                text += " word"
+                yield text
+            self.log.append((query, "written"))
+            yield text + "</answer>"
+        except GeneratorExit:
+            self.log.append((query, "stopped"))
+            raise
+
+
+@pytest.fixture(scope="module")
+def slow_demo(demo):
+    augmenter = copy.copy(demo.augmenter)
+    augmenter.engine = SlowEngine(augmenter.tokenizer)
+    slow = Demo(demo.index, augmenter, demo.plain, demo.judged)
+    slow.url = slow.start("127.0.0.1", free_port())
+    yield slow
+    slow.stop()
+
+
+@pytest.fixture
+def slow(slow_demo):
+    """A page whose model is slow, with nobody in line."""
+    engine = slow_demo.augmenter.engine
+    engine.log, engine.words = [], 300
+    yield slow_demo
+    engine.words = 0
+    until(lambda: not slow_demo._line)
+
+
+def until(condition):
+    for _ in range(400):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not happen")
+
+
+def visit(chromium, demo, query):
+    page = chromium.new_page()
+    page.goto(demo.url)
+    page.get_by_label("Query").fill(query)
+    page.get_by_label("Query").press("Enter")
+    return page
+
+
+def join(demo, data, fn_index=None, session="somebody"):
+    """What a browser sends for a search, without reading what comes of it; returns the status."""
+    if fn_index is None:
+        (fn_index,) = (id_ for id_, each in demo._page.fns.items() if each.fn)
+    content = {"data": data, "fn_index": fn_index, "session_hash": session, "event_data": None, "trigger_id": 1}
+    request = urllib.request.Request(
+        f"{demo.url}gradio_api/queue/join", json.dumps(content).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_who_waits_sees_why_and_goes_on_when_the_other_has_left(chromium, slow):
+    first = visit(chromium, slow, "vitamin one")
+    first.get_by_role("heading", name="The model is writing").wait_for()
+    second = visit(chromium, slow, "vitamin two")
+    second.locator(".panel").get_by_text("1 other search first.").wait_for()
+    assert "Waiting: 1 other search first." in second.locator("[role=status].coaug-status").inner_text()
+    sides = second.locator(".coaug .columns > section")
+    assert sides.nth(0).locator("li").count() > 0  # what needs no model is there
+    first.close()
+    second.get_by_text("word word").wait_for()
+    assert slow.augmenter.engine.log == [("vitamin one", "stopped")]
+    third = visit(chromium, slow, "vitamin three")
+    third.locator(".panel").get_by_text("1 other search first.").wait_for()
+    second.close()
+    until(lambda: ("vitamin two", "stopped") in slow.augmenter.engine.log)
+    slow.augmenter.engine.words = 3
+    third.get_by_role("heading", name="The model added").wait_for()
+    assert slow.augmenter.engine.log[1:] == [("vitamin two", "stopped"), ("vitamin three", "written")]
+    third.close()
+
+
+def test_a_newer_query_ends_the_one_before(chromium, slow):
+    page = visit(chromium, slow, "vitamin old")
+    page.get_by_text("word word").wait_for()
+    page.get_by_label("Query").fill("vitamin new")
+    page.get_by_label("Query").press("Enter")
+    until(lambda: ("vitamin old", "stopped") in slow.augmenter.engine.log)
+    slow.augmenter.engine.words = 3
+    page.get_by_role("heading", name="The model added").wait_for()
+    assert slow.augmenter.engine.log == [("vitamin old", "stopped"), ("vitamin new", "written")]
+    assert page.locator(".coaug .panel p").inner_text() == "word word word"
+    assert page.locator(".coaug .columns > section").nth(1).locator("li").count() > 0
+    page.close()
+
+
+def test_an_answer_has_a_time_limit(slow, monkeypatch):
+    monkeypatch.setattr("coaug_trl.demo.ANSWER_SECONDS", 0.25)
+    *_, (augmentation, results, status) = slow.answer("vitamin D")
+    assert "The model was stopped: it had been writing for 0.25 seconds." in augmentation
+    assert results.count("<section>") == 1 and status in augmentation
+    assert slow.augmenter.engine.log == [("vitamin D", "stopped")]
+
+
+def test_searches_that_nobody_reads_end_and_only_so_many_wait(chromium, slow, monkeypatch):
+    monkeypatch.setattr("coaug_trl.demo.WAITING", 2)
+    for number in range(3):
+        assert join(slow, [f"vitamin {number}"], session=f"nobody-{number}") == 200
+    until(lambda: len(slow._line) == 3)
+    page = visit(chromium, slow, "vitamin D")
+    page.locator(".notice").get_by_text("2 searches are waiting already; try again in a minute.").wait_for()
+    monkeypatch.setattr("coaug_trl.demo.ANSWER_SECONDS", 0.25)
+    until(lambda: not slow._line)
+    assert slow.augmenter.engine.log == [(f"vitamin {number}", "stopped") for number in range(3)]  # in their order
+    slow.augmenter.engine.words = 1
+    page.get_by_label("Query").press("Enter")
+    page.get_by_role("heading", name="The model added").wait_for()
+    page.close()
+
+
+def test_the_model_writes_for_one_at_a_time(slow):
+    slow.augmenter.engine.words = 3
+    with ThreadPoolExecutor(4) as pool:
+        runs = [pool.submit(list, slow.answer_in_turn(f"vitamin {n}", str(n))) for n in range(4)]
+    for run in runs:
+        assert "3 words" in run.result()[-1].status
+    order = [query for query, _ in slow.augmenter.engine.log]
+    assert len(order) == 4 and not slow._line
+
+
+@pytest.mark.parametrize(
+    "data, fn_index",
+    [
+        ([None], None),
+        ([], None),
+        ([1, 2], None),
+        ([["a"]], None),
+        ([{"a": 1}], None),
+        ([999], 0),
+        ([999], 1),
+        ([0], 77),
+    ],
+)
+def test_what_no_browser_sends_leaves_no_trace(demo, capfd, data, fn_index):
+    assert join(demo, data, fn_index) < 500
+    until(lambda: not demo._line and not any(demo._page._queue.active_jobs) and not len(demo._page._queue))
+    printed = capfd.readouterr()
+    assert "Traceback" not in printed.out + printed.err
+    assert "Error" not in printed.out + printed.err
+
+
+@pytest.mark.parametrize("path", ["queue/data?session_hash=unknown", "call/search/unknown", "call/v2/search/unknown"])
+def test_unknown_sessions_leave_no_trace(demo, caplog, path):
+    logger = logging.getLogger("uvicorn.error")
+    logger.addHandler(caplog.handler)
+    try:
+        with (
+            caplog.at_level(logging.ERROR, logger.name),
+            urllib.request.urlopen(f"{demo.url}gradio_api/{path}") as page,
+        ):
+            page.read()
+    except urllib.error.HTTPError as error:
+        assert error.code == 400
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "{folder}/documents.jsonl", "{folder}/manifest.json"])
+def test_files_of_the_machine_are_not_served(demo, index, path):
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        urllib.request.urlopen(f"{demo.url}gradio_api/file={path.format(folder=index)}")
+    assert refusal.value.code in (403, 404)
+
+
 # What is compared with what
 
 
 def test_without_a_model_it_is_plain_search(index, judged):
     demo = Demo.load(index, judged=judged)
-    ((augmentation, results),) = demo.answer(JUDGED)
+    ((augmentation, results, status),) = demo.answer(JUDGED)
+    assert re.fullmatch("[0-9]+ results.", status)
     assert augmentation == ""
     assert results.count("<section>") == 1 and "the query as it is, on the augmented documents" in results
     assert "Plain search: no model was given" in json.dumps(demo.page().get_config_file(), default=str)
 
 
 def test_an_index_of_plain_documents_is_compared_with_itself(plain_index, policy):
-    *_, (_, results) = Demo.load(plain_index, str(policy)).answer("vitamin D")
+    *_, (_, results, _) = Demo.load(plain_index, str(policy)).answer("vitamin D")
     assert "the query as it is, on the documents as they are" in results
     assert "the augmented query, on the documents as they are" in results
     assert "in its augmentation" not in results
@@ -357,7 +592,7 @@ def test_an_index_of_plain_documents_is_compared_with_itself(plain_index, policy
 
 def test_a_plain_index_may_be_given(index, plain_index, policy, demo):
     def found(demo):
-        *_, (_, results) = demo.answer("vitamin D")
+        *_, (_, results, _) = demo.answer("vitamin D")
         return re.findall(r'class="id">([^<]*)<', results)
 
     assert found(Demo.load(index, str(policy), plain_index=plain_index)) == found(demo)
@@ -373,7 +608,7 @@ def test_a_dense_index_without_a_plain_one_says_so(folder, advice, tiny_model):
                      "--output", str(folder / "dense-augmentations")]) == 0  # fmt: skip
     settings = ["--augmentations", str(folder / "dense-augmentations"), "--output", str(folder / "dense")]
     assert cli.main(["index", *common, *settings]) == 0
-    *_, (_, results) = Demo.load(folder / "dense", str(model)).answer("vitamin D")
+    *_, (_, results, _) = Demo.load(folder / "dense", str(model)).answer("vitamin D")
     assert "Query as it is" in results and "Without augmentation" not in results
     assert "the query as it is, on the augmented documents" in results
     with pytest.raises(ValueError, match="a folder of this machine, which a Space does not have"):
@@ -405,12 +640,18 @@ def test_the_command_serves_and_says_where(coaug, monkeypatch, index, policy, ad
 def test_what_is_not_there_is_refused(refused, index, advice, folder):
     common = ("demo", "--port", free_port(), "--index")
     assert "there is no index; make it with coaug index" in refused(*common, folder / "typo")
-    message = refused(*common, index, "--model", folder / "typo")
-    assert f"{folder / 'typo'}: no model could be loaded from there" in message
     assert "no split 'tset'" in refused(*common, index, "--collection", advice, "--split", "tset")
     other = "vocabulary-gap (300 documents); give the collection that was indexed"
     assert other in refused(*common, index, "--collection", "vocabulary-gap")
     assert "its documents are augmented" in refused(*common, index, "--plain_index", index)
+
+
+@pytest.mark.parametrize("model", ["{tmp_path}/typo", "./typo", "runs/nfcorpus/typo", "{tmp_path}"])
+def test_a_model_that_is_not_there_is_told_before_anything_is_loaded(refused, index, tmp_path, monkeypatch, model):
+    monkeypatch.setattr(SearchIndex, "load", None)
+    model = model.format(tmp_path=tmp_path)
+    message = refused("demo", "--port", free_port(), "--index", index, "--model", model)
+    assert f"{model}: " in message and "coaug train" in message and "Hub" not in message
 
 
 def test_another_prompt_set_is_refused(refused, index, tiny_model, tmp_path):

@@ -2,7 +2,7 @@
 The documentation: it builds, its links lead somewhere, its commands and its code run, what it quotes is there.
 
 `bash` blocks of the getting-started page are run as they stand, with a tiny model; `sh` blocks and those of the other
-pages are parsed. `python` blocks are run, and print what the `text` block behind them says.
+pages are parsed. `python` blocks are run, and print what the `text` block behind them says; `py` blocks are compiled.
 """
 
 import ast
@@ -13,6 +13,9 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
+import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 FRONT = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+TEXTS = [*PAGES, *FRONT, ROOT / "CHANGELOG.md"]
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 # So that the commands of the page train a tiny model for two steps on a CPU.
 TINY = (
@@ -37,7 +41,7 @@ TINY = (
 def blocks(path: Path, *languages: str) -> list[str]:
     """The code blocks of a page in some languages."""
     found = BLOCK.findall(path.read_text(encoding="utf-8"))
-    return [code for _, language, code in found if language in languages]
+    return [textwrap.dedent(code) for _, language, code in found if language in languages]
 
 
 def commands(block: str) -> list[list[str]]:
@@ -93,6 +97,28 @@ def test_a_page_in_a_browser(name, site, chromium):
         is_dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
         assert is_dark == (scheme == "dark")
         context.close()
+
+
+def test_the_search_works_from_disk(site, chromium):
+    page = chromium.new_page()
+    problems, requests = [], []
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto((site / "index.html").as_uri())
+    page.click(".md-search__input")
+    page.keyboard.type("poisson")
+    page.wait_for_selector(".md-search-result__link")
+    assert "the-reward.html" in page.locator(".md-search-result__link").first.get_attribute("href")
+    assert problems == []
+    assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+    page.close()
+
+
+def test_drawings_name_modules_that_exist():
+    names = {path.name for path in (ROOT / "coaug_trl").rglob("*.py")}
+    drawn = re.findall(r"\w+\.py", (DOCS / "assets/architecture.svg").read_text(encoding="utf-8"))
+    assert len(drawn) > 20 and set(drawn) <= names
 
 
 def test_the_reference_describes_every_public_name(site):
@@ -157,16 +183,13 @@ def test_commands_are_ones_that_exist(command, tmp_path):
         assert program in ("pip", "coaug", "scripts/make_collection.py")
         return
     if options[:1] == ["train"]:
-        from dataclasses import fields
+        from coaug_trl.train import parse_arguments
 
-        from trl import ModelConfig
-
-        from coaug_trl import CoAugConfig
-        from coaug_trl.train import CoAugScriptArguments
-
-        known = {field.name for each in (CoAugScriptArguments, CoAugConfig, ModelConfig) for field in fields(each)}
-        given = {option.removeprefix("--") for option in options if option.startswith("--")}
-        assert given <= known | {"config"}, given - known
+        options = ["recipes/nfcorpus/qwen2.5-7b-bm25.yaml" if option == "RECIPE" else option for option in options[1:]]
+        options[options.index("--config") + 1] = str(ROOT / options[options.index("--config") + 1])
+        parse_arguments(
+            [*options, "--use_cpu", "true", "--bf16", "false"]
+        )  # names, values, and whether they go together
         return
     if options == ["..."]:
         return
@@ -221,7 +244,7 @@ def test_getting_started_runs(walk):
         "report.html",
         "augmentations/manifest.json",
         "trained/metrics.json",
-        "rm3/comparison.md",
+        "rm3/evaluations/rm3/metrics.json",
     ):
         assert (folder / "runs/mine" / made).is_file(), made
 
@@ -234,6 +257,18 @@ def test_getting_started_compares_like_with_like(walk):
         yaml.safe_load((walk[0] / f"runs/mine/{name}/metrics.json").read_text()) for name in ("none", "trained")
     ]
     assert metrics[0]["retriever"] == metrics[1]["retriever"]
+
+
+def test_documents_that_are_added_later_alone_are_generated_for(walk, monkeypatch, capsys):
+    monkeypatch.chdir(walk[0])
+    with open("my_collection/corpus.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"_id": "salt-9", "title": "", "text": "Zucchini ripen in the sun."}\n')
+    section = (DOCS / "getting-started.md").read_text(encoding="utf-8").partition("## 8. When documents change")[2]
+    augment, index = commands(BLOCK.search(section)[3])
+    assert main(augment[1:]) == 0 and main(index[1:]) == 0
+    printed = capsys.readouterr().out
+    assert "41 documents indexed" in printed
+    assert "document: 1 texts augmented" in printed and "query: 0 texts augmented" in printed
 
 
 def test_python_of_getting_started_runs(walk, monkeypatch):
@@ -261,9 +296,127 @@ def test_python_blocks_print_what_the_page_says(page):
             printed = None
 
 
-def test_python_of_the_readme_compiles():
-    for code in blocks(ROOT / "README.md", "python"):
-        compile(code, "README.md", "exec")
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
+def test_python_that_is_not_run_compiles(path):
+    for code in blocks(path, "py"):
+        compile(code, path.name, "exec")
+
+
+def test_python_of_the_readme_runs(tmp_path, tiny_model, monkeypatch, capsys):
+    """In fewer steps, without the quickstart's model."""
+    (tmp_path / "runs/quickstart").mkdir(parents=True)
+    (tmp_path / "runs/quickstart/untrained").symlink_to(tiny_model)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    code = blocks(ROOT / "README.md", "python")[0]
+    assert "max_steps=8" in code
+    few = "max_steps=1, group_size=8, report_to='none', disable_tqdm=True"
+    exec(compile(code.replace("max_steps=8", few), "README.md", "exec"), {})
+    assert re.search(r"^0\.\d+$|^0\.0$", capsys.readouterr().out.strip().splitlines()[-1])
+    assert (tmp_path / "runs/example/coaug.json").is_file()
+
+
+def test_an_adapter_is_merged_as_the_readme_says(tmp_path, tiny_model, monkeypatch):
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from coaug_trl import InputError
+    from coaug_trl.train import parse_arguments
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "runs/round1")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "runs/round1")
+    monkeypatch.chdir(tmp_path)
+    options = ["--config", str(ROOT / "recipes/nfcorpus/qwen2.5-0.5b-bm25.yaml"), "--use_cpu=true", "--bf16=false"]
+    with pytest.raises(InputError, match="merge it first"):
+        parse_arguments([*options, "--model_name_or_path", "runs/round1"])
+    code = blocks(ROOT / "README.md", "python")[1]
+    exec(compile(code, "README.md", "exec"), {})
+    parse_arguments([*options, "--model_name_or_path", "runs/round1-merged"])
+    merged = AutoModelForCausalLM.from_pretrained("runs/round1-merged")
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(merged(ids).logits, adapted.eval()(ids).logits, atol=1e-4, rtol=1e-4)
+    assert AutoTokenizer.from_pretrained("runs/round1-merged").chat_template
+    # The page on troubleshooting says the same of another folder.
+    (shown,) = blocks(DOCS / "troubleshooting.md", "py")
+    assert shown == code.replace("runs/round1-merged", "runs/merged").replace("runs/round1", "runs/mine")
+
+
+def test_the_prompt_set_of_the_page_is_one(tmp_path):
+    from coaug_trl import PromptSet
+
+    (content,) = blocks(DOCS / "adapting.md", "yaml")
+    (tmp_path / "my_prompts.yaml").write_text(content, encoding="utf-8")
+    prompt_set = PromptSet.load(tmp_path / "my_prompts.yaml")
+    assert set(yaml.safe_load(content)) == {field.name for field in fields(PromptSet)}
+    assert (prompt_set.query_rule, prompt_set.document_rule, prompt_set.max_document_tokens) == (
+        *("append", "append"),
+        1024,
+    )
+
+
+def test_languages_that_have_stop_words_are_named():
+    import Stemmer
+
+    from coaug_trl.retrieval.analyzer import Analyzer
+
+    (named,) = re.findall(r"Stop words are left out in ([\w\s,]+), in\s+others", (DOCS / "adapting.md").read_text())
+    languages = {language for language in Stemmer.algorithms() if Analyzer(language).stopwords}
+    assert set(re.split(r",\s+|\s+and\s+", named.lower())) == languages
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
+def test_extras_are_those_of_the_package(path):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = re.findall(r"[\"`](?:\.|coaug-trl)\[([\w,-]+)\]", path.read_text(encoding="utf-8"))
+    assert {extra for each in named for extra in each.split(",")} - {"x"} <= set(extras)
+
+
+@pytest.fixture(scope="module")
+def known_options():
+    """Options of each command of `coaug`, of `coaug train`, and of the scripts together."""
+    from trl import ModelConfig
+
+    from coaug_trl import CoAugConfig
+    from coaug_trl.train import CoAugScriptArguments
+
+    def options_of(parser):
+        found = {option for action in parser._actions for option in action.option_strings}
+        subparsers = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
+        return found.union(*(options_of(each) for choices in subparsers for each in choices.values()))
+
+    (commands_,) = (action.choices for action in _parser()._actions if isinstance(action.choices, dict))
+    known = {name: options_of(parser) for name, parser in commands_.items()}
+    dataclasses = (CoAugScriptArguments, CoAugConfig, ModelConfig)
+    known["train"] = {f"--{field.name}" for each in dataclasses for field in fields(each)} | {"--config"}
+    scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "scripts").glob("*.py"))
+    known["scripts"] = set(re.findall(r'add_argument\(\s*"(--\w+)"', scripts))
+    return known
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
+def test_code_within_the_text_names_what_exists(path, known_options):
+    text = re.sub(r"^ *```.*?^ *```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    anywhere = set().union(*known_options.values(), {"--version", "--help", "--quiet", "--json", "--config_file"})
+    for code in re.findall(r"`([^`]+)`", text):
+        first, *others = code.split()
+        if first.startswith(("scripts/", "recipes/", "docs/", "tests/", "coaug_trl/", "notebooks/")):
+            assert (ROOT / first).exists(), code
+        options = {part.partition("=")[0] for part in (first, *others) if re.match(r"--\w", part)}
+        if first == "coaug" and others and others[0] in known_options:
+            assert options <= known_options[others[0]] | {"--quiet", "--json", "--help"}, code
+        elif first == "coaug" and others:
+            assert others[0] in ("--version", "COMMAND"), code
+        elif first in ("coaug", "make", "python") or first.startswith(("--", "scripts/")):
+            assert options <= anywhere, code
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
+def test_lines_are_not_longer_than_those_of_the_code(path):
+    lines = re.sub(r"^ *```.*?^ *```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert [line for line in lines.splitlines() if len(line) > 119 and not line.startswith("|")] == []
 
 
 # The notebook
@@ -312,10 +465,17 @@ def test_the_notebook_runs_and_training_helps():
 
 
 def messages() -> list[str]:
-    """Every string of the package, as one text each, with … for what is filled in."""
+    """Every string of the package that is no docstring, as one text each, with … for what is filled in."""
+    from transformers import training_args
+
     found = []
-    for path in (ROOT / "coaug_trl").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    files = [*(ROOT / "coaug_trl").rglob("*.py"), ROOT / "scripts/make_collection.py", Path(training_args.__file__)]
+    for path in files:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if id(node) in docstrings:
+                continue
             if isinstance(node, ast.JoinedStr):
                 parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
                 found.append("".join(map(str, parts)))
@@ -335,8 +495,6 @@ def test_quoted_messages_are_those_of_the_code():
 
 
 def test_settings_and_metrics_that_troubleshooting_names_exist():
-    from dataclasses import fields
-
     from trl import ModelConfig
 
     from coaug_trl import CoAugConfig
@@ -375,7 +533,7 @@ def test_contributing_names_every_module():
     modules = {
         path.relative_to(package).as_posix() for path in package.rglob("*.py") if path.name not in ("__init__.py",)
     }
-    assert set(re.findall(r"^\| `([\w/]+\.py)` \|", text, re.MULTILINE)) == modules
+    assert sorted(re.findall(r"^\| `([\w/]+\.py)` \|", text, re.MULTILINE)) == sorted(modules)
 
 
 def test_contributing_names_the_hooks_of_the_trainer():
@@ -388,6 +546,61 @@ def test_contributing_names_the_hooks_of_the_trainer():
     for name in named & set(dir(CoAugTrainer)):
         assert hasattr(GRPOTrainer, name), name
     assert {"_get_train_sampler", "_calculate_rewards", "_generate_and_score_completions", "evaluation_loop"} <= named
+
+
+def rows_of(path: Path, heading: str) -> dict[str, list[str]]:
+    """The first table under a heading: the cells of each row by its first cell, without emphasis."""
+    section = path.read_text(encoding="utf-8").partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    table = re.search(r"(?:^\|.*\n)+", section, re.MULTILINE)[0]
+    rows = [[cell.strip(" *`") for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return {cells[0].partition("`")[0]: cells[1:] for cells in rows}
+
+
+def test_figures_that_are_repeated_are_those_of_the_results():
+    results = DOCS / "results.md"
+    text = results.read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    seeds = rows_of(results, "The quickstart, three seeds")
+    none, ceiling = re.search(r"nDCG@10 is (0\.\d+)\.\s+The ceiling[^.]*\sis\s+(0\.\d+)\.", text).groups()
+
+    untrained, trained, difference, p, wins, queries, documents = seeds["42"]
+    shown = {
+        name.strip(): values.split("│") for name, values in re.findall(r"^│ ([^│]+)│(.*)│$", readme, re.MULTILINE)
+    }
+    cells = {name: [value.strip() for value in values] for name, values in shown.items()}
+    assert cells["none"] == [none] * 3
+    assert cells["untrained policy"][2] == untrained
+    assert cells["trained policy"] == [queries, documents, trained]
+    assert cells["ceiling (one agreed term a concept)"][2] == ceiling
+    wins, ties, losses = wins.split(" / ")
+    assert f"{difference}, paired t-test p = {p}, " in readme
+    assert f"{wins} wins, {ties} ties, {losses} losses" in readme
+
+    overview = rows_of(DOCS / "index.md", "What it did")
+    assert overview["no augmentation"] == [none] * 3
+    assert overview["untrained model"] == [seeds[seed][0] for seed in ("42", "43", "44")]
+    assert overview["trained"] == [seeds[seed][1] for seed in ("42", "43", "44")]
+
+    dense = rows_of(results, "The dense quickstart, three seeds")
+    assert f"{dense['42'][0]} untrained, {dense['42'][1]} trained" in readme
+    choosing = re.sub(r"\s+", " ", (DOCS / "choosing-a-recipe.md").read_text(encoding="utf-8"))
+    for table in (seeds, dense):
+        assert "→ " + ", ".join(table[seed][1] for seed in ("42", "43", "44")) in choosing
+
+    bm25, rm3 = rows_of(results, "BM25 on NFCorpus"), re.search(r"\| best \| RM3 \| ([\d.]+) ", text)[1]
+    evaluation = rows_of(DOCS / "evaluation.md", "What BM25 on NFCorpus is")
+    assert [evaluation["flat"], evaluation["best"]] == [bm25["flat"], bm25["best"]]
+    assert f"has {rm3} over all 323" in re.sub(r"\s+", " ", (DOCS / "evaluation.md").read_text(encoding="utf-8"))
+    flat = re.sub(r"\s+", " ", readme)
+    assert f"{bm25['flat'][0]} nDCG@10 with one field, {bm25['best'][0]} with two, {rm3} with RM3" in flat
+
+    cost = rows_of(results, "The reward")
+    exact, sampled, loops = (
+        cost[name][2] for name in ("coaug_trl, exact", "coaug_trl, 512 samples", "plain Python loops, 512 samples")
+    )
+    page = re.sub(r"\s+", " ", (DOCS / "the-reward.md").read_text(encoding="utf-8"))
+    assert f"{exact} exact, {sampled} with 512 samples, {loops} with 512 samples in plain Python" in page
+    assert f"a whole batch as published {exact} on one core" in flat
 
 
 def test_citation_and_changelog_are_of_this_version():

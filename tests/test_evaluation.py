@@ -19,6 +19,7 @@ from coaug_trl.evaluation import (
     judged_texts,
     load_evaluation,
     parse_measures,
+    randomization_p_values,
     retrieve,
     save_evaluation,
 )
@@ -159,6 +160,37 @@ class TestCompare:
         expected = np.mean(np.abs(flipped) >= abs(differences.sum()) - 1e-12)
         assert result["p_randomization"] == pytest.approx(expected)
         assert (result["wins"], result["ties"], result["losses"]) == (5, 1, 2)
+
+    @pytest.mark.parametrize(("num_queries", "shift"), [(9, 0.1), (13, 0.0), (14, 0.05), (40, 0.02), (300, 0.004)])
+    def test_p_of_the_randomization_test_is_scipys(self, num_queries, shift):
+        rng = np.random.default_rng(num_queries)
+        differences = rng.choice([0.0, 0.1, 0.3, -0.1, -0.3], (num_queries, 4)) + shift * np.arange(4)
+        ours = randomization_p_values(differences)
+        for column, p in zip(differences.T, ours, strict=True):
+            theirs = stats.permutation_test((column,), np.mean, permutation_type="samples", random_state=1).pvalue
+            # drawn from 14 queries on: each is within 0.01 (two standard errors) of all flips, or nearly
+            assert p == pytest.approx(theirs, abs=1e-9 if num_queries < 14 else 0.03)
+            queries = [f"q{i}" for i in range(num_queries)]
+            alone = compare(dict(zip(queries, column, strict=True)), dict.fromkeys(queries, 0.0))
+            assert alone["p_randomization"] == p  # whatever the other pairs are
+
+    def test_drawn_p_values_count_the_observed_signs_as_one_more(self):
+        assert randomization_p_values(np.full((400, 1), 0.1)).tolist() == [2 / 10_000]
+        assert randomization_p_values(np.zeros((400, 1))).tolist() == [1]
+
+    def test_flips_in_parts_are_all_the_flips(self, monkeypatch):
+        differences = np.random.default_rng(0).normal(0.2, 1, (12, 3))
+        whole = randomization_p_values(differences)
+        monkeypatch.setattr("coaug_trl.evaluation.FLIPS_AT_ONCE", 12 * 100)
+        assert randomization_p_values(differences).tolist() == whole.tolist()
+
+    def test_the_interval_is_scipys(self):
+        differences = np.random.default_rng(4).normal(0.05, 0.2, 30)
+        queries = [f"q{i}" for i in range(30)]
+        result = compare(dict(zip(queries, differences, strict=True)), dict.fromkeys(queries, 0.0))
+        theirs = stats.ttest_rel(differences, np.zeros(30)).confidence_interval(0.95)
+        assert result["interval"] == pytest.approx((theirs.low, theirs.high))
+        assert np.isnan(compare({"q": 1.0}, {"q": 0.0})["interval"]).all()
 
     def test_the_seed_decides_the_draws(self):
         rng = np.random.default_rng(2)

@@ -1,17 +1,21 @@
 """What goes to the Hub and comes back, against a server on loopback that speaks its API."""
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import hub_server
 import huggingface_hub
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 import transformers
@@ -24,10 +28,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from coaug_trl import Augmenter, BM25Retriever, CoAugConfig, CoAugTrainer, InputError, PromptSet
 from coaug_trl.augmented import AugmentedCollection
 from coaug_trl.files import write_json
-from coaug_trl.hub import Upload, policy_folder, push
+from coaug_trl.hub import Upload, fingerprint, policy_folder, push
+from coaug_trl.names import without_folders
 from coaug_trl.policy import GenerationSettings, PolicySettings, folder_hash, retriever_differences
-from coaug_trl.publish import prepare, without_folders
-from coaug_trl.record import load_record
+from coaug_trl.publish import prepare
+from coaug_trl.record import license_of, load_record
 from coaug_trl.search import SearchIndex
 from coaug_trl.train import push as push_run
 
@@ -228,7 +233,11 @@ def test_a_policy_comes_back_with_its_prompts_and_answers_as_before(hub, coaug, 
         json.loads((folder / "manifest.json").read_text()) for folder in (made / "augmentations", tmp_path / "there")
     )
     assert there["model"] == "me/advice"
-    assert here | {"model": "me/advice"} == there
+    for manifest in (here, there):
+        for counts in manifest["sides"].values():
+            counts.pop("cost")  # time
+    assert here["model_is_folder"]
+    assert here | {"model": "me/advice", "model_is_folder": False} == there
     offline()
     augmenter = Augmenter.from_pretrained("me/advice")
     assert augmenter.settings.prompt_set == PROMPT_SET
@@ -326,14 +335,14 @@ def test_an_adapter_comes_back_whoever_knows_its_settings(hub, tiny_model, tmp_p
     assert not any("base model" in line for line in upload.notes)
     push(upload, "me/adapter")
     augmenter = Augmenter.from_pretrained("me/adapter")
-    assert augmenter.revision == folder_hash(tmp_path / "adapter")
+    assert augmenter.revision == fingerprint(str(tmp_path / "adapter"))
     assert augmenter.generate("query", ["salt"]) == Augmenter.from_pretrained(str(tmp_path / "adapter")).generate(
         "query", ["salt"]
     )
     plain = {name: file for name, file in upload.files.items() if name not in ("coaug.json", "prompt_set.yaml")}
     commit = push(Upload("model", plain), "me/plain-adapter")
     untrained = Augmenter.from_pretrained("me/plain-adapter", PROMPT_SET, GENERATION)
-    assert untrained.revision == commit.oid
+    assert untrained.revision.startswith(f"{commit.oid}+")
     assert untrained.generate("query", ["salt"]) == augmenter.generate("query", ["salt"])
 
 
@@ -524,7 +533,13 @@ def test_a_dry_run_lists_files_and_card_and_touches_nothing(hub, coaug, policy, 
         code, printed, errors = coaug(*arguments, "--collection", beir_folder)
         assert code == 0, errors
     assert set(json.loads(printed)["files"]) == {
-        *("README.md", "manifest.json", "prompt_set.yaml", "queries/*.parquet", "documents/*.parquet")
+        *(
+            "README.md",
+            "manifest.json",
+            "prompt_set.yaml",
+            "queries/train-00000-of-00001.parquet",
+            "documents/train-00000-of-00001.parquet",
+        )
     }
     assert sum(hub.requests.values()) == requests
 
@@ -544,6 +559,15 @@ def test_a_copy_of_an_encoder_is_the_same_retriever(tmp_path):
     assert retriever_differences(ours | {"model": "/models/small", "weights": "4567"}, ours) == ["model", "weights"]
     assert retriever_differences(ours | {"query_prompt": "query: "}, ours) == ["query_prompt"]
     assert retriever_differences({"retriever": "bm25", "k1": 1.2}, {"retriever": "bm25", "k1": 0.9}) == ["k1"]
+
+
+def test_only_files_of_known_names_go_out(policy, tmp_path):
+    folder = shutil.copytree(policy, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
+    others = ("embeddings.safetensors", "mine.model", "report.html.jinja", "mine.safetensors.index.json", "notes.json")
+    for name in others:
+        (folder / name).write_bytes(b"{}")
+    assert prepare(folder, "me/x").files.keys() == prepare(policy, "me/x").files.keys()
+    assert folder_hash(folder) == folder_hash(policy)
 
 
 def test_rollouts_of_a_checkpoint_are_no_weights(policy, tmp_path):
@@ -570,6 +594,10 @@ def test_a_space_is_written_and_pushed(hub, coaug, made, tmp_path):
 @pytest.mark.parametrize(
     ("content", "left"),
     [
+        ({"a": ["../../x", "./y/", "file:///a/b"], "b": "org/a/b"}, {"a": ["x", "y", "b"], "b": "org/a/b"}),
+        ({"model": "runs/mine", "model_is_folder": True}, {"model": "mine", "model_is_folder": True}),
+        ({"model": "runs/a/mine"}, {"model": "mine"}),
+        ({"model": "org/name", "collection": "irds:beir/nfcorpus/test"}, None),
         ({"a": "/home/me/model", "b": ["~/x/y", "C:\\models\\z"]}, {"a": "model", "b": ["y", "z"]}),
         ({"tokenizer_file": "/a/tokenizer.json"}, {"tokenizer_file": "tokenizer.json"}),
         ({"pad_token": "/a/b", "added_tokens_decoder": {"1": {"content": "/c"}}}, None),
@@ -578,6 +606,196 @@ def test_a_space_is_written_and_pushed(hub, coaug, made, tmp_path):
 )
 def test_paths_are_told_from_other_strings(content, left):
     assert without_folders(content) == (left or content)
+
+
+# What would mix
+
+
+def test_fewer_sides_leave_nothing_of_the_others(hub, made, tmp_path):
+    push(prepare(made / "augmentations", "me/sides"), "me/sides")
+    fewer = shutil.copytree(made / "augmentations", tmp_path / "fewer", ignore=shutil.ignore_patterns("*.shards"))
+    manifest = json.loads((fewer / "manifest.json").read_text())
+    del manifest["sides"]["query"]
+    write_json(fewer / "manifest.json", manifest)
+    push(prepare(fewer, "me/sides"), "me/sides")
+    assert not any(name.startswith("queries/") for name in hub.files("me/sides", "dataset"))
+    assert datasets.get_dataset_config_names("me/sides") == ["documents"]
+    assert AugmentedCollection.load("me/sides").answers.keys() == {"document"}
+    (fewer / "documents.jsonl").unlink()
+    with pytest.raises(InputError, match=r"documents\.jsonl is missing there"):
+        AugmentedCollection.load(fewer)
+
+
+def test_an_interrupted_push_of_a_dataset_changes_nothing(fresh_hub, made, tmp_path):
+    push(prepare(made / "augmentations", "me/answers"), "me/answers")
+    before = fresh_hub.files("me/answers", "dataset")
+    other = shutil.copytree(made / "augmentations", tmp_path / "other")
+    for name in ("queries.jsonl", "documents.jsonl"):
+        lines = [json.dumps(row | {"augmentation": "new"}) + "\n" for row in rows(other / name)]
+        (other / name).write_text("".join(lines))
+    fresh_hub.fail_after = len(fresh_hub.uploads) + 1
+    with pytest.raises(InputError, match="goes on"):
+        push(prepare(other, "me/answers"), "me/answers")
+    assert fresh_hub.files("me/answers", "dataset") == before
+    fresh_hub.fail_after = None
+    push(prepare(other, "me/answers"), "me/answers")
+    assert set(datasets.load_dataset("me/answers", "queries", split="train")["augmentation"]) == {"new"}
+
+
+def test_files_of_an_earlier_run_go(hub, policy, made, tmp_path):
+    push(prepare(policy, "me/again", [made / "elsewhere"]), "me/again")
+    left_out = ("checkpoint-*", "evaluations", "chat_template.jinja", "trainer_state.json")
+    other = shutil.copytree(policy, tmp_path / "other", ignore=shutil.ignore_patterns(*left_out))
+    upload = prepare(other, "me/again")
+    push(upload, "me/again")
+    assert set(hub.files("me/again")) == {".gitattributes", "README.md", *upload.files}
+
+
+def test_what_someone_else_put_there_is_not_overwritten(hub, policy, made):
+    card = b"---\nlicense: mit\n---\nMine."
+    theirs = {"README.md": card, "pytorch_model.bin": b"0", "config.json": b"{}"}
+    push(Upload("model", theirs), "me/bert")
+    with pytest.raises(InputError, match=r"me/bert holds config\.json, which no coaug push put there"):
+        push(prepare(policy, "me/bert"), "me/bert")
+    push(Upload("dataset", {"README.md": card, "data.csv": b"a\n"}), "me/csv")
+    with pytest.raises(InputError, match=r"me/csv holds data\.csv"):
+        push(prepare(made / "augmentations", "me/csv"), "me/csv")
+    huggingface_hub.HfApi().create_repo("me/empty")
+    assert push(prepare(policy, "me/empty"), "me/empty").oid
+
+
+def test_a_flat_index_replaces_one_of_two_fields(hub, coaug, made, beir_folder, tmp_path):
+    index = ["index", "--collection", beir_folder, "--output", tmp_path / "best", "--fields", "best"]
+    assert coaug(*index)[0] == 0
+    push(prepare(tmp_path / "best", "me/fields"), "me/fields")
+    assert any(name.startswith("field_1/") for name in hub.files("me/fields"))
+    push(prepare(made / "index", "me/fields"), "me/fields")
+    assert set(hub.files("me/fields")) - {"README.md"} == set(hub.files("me/index")) - {"README.md"}
+
+
+def test_a_folder_wins_over_a_repository_of_its_name(hub, policy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(policy, tmp_path / "me" / "advice", ignore=shutil.ignore_patterns("checkpoint-*", "evaluations"))
+    settings = PolicySettings.load("me/advice")
+    replace(settings, generation=GenerationSettings(7, 1.0)).save("me/advice")
+    assert policy_folder("me/advice") == "me/advice"
+    assert Augmenter.from_pretrained("me/advice").settings.generation.max_new_tokens == 7
+
+
+def test_a_space_is_pushed_without_what_else_lies_there(hub, coaug, made, beir_folder, tmp_path):
+    space = tmp_path / "space"
+    arguments = ["push", made / "index", "--space", space, "--repo_id", "me/judged"]
+    assert coaug(*arguments, "--collection", beir_folder)[0] == 0
+    assert "queries.jsonl" in hub.files("me/judged", "space")
+    for name in (".venv/pyvenv.cfg", ".gradio/log.csv", "notes.txt", ".git/config"):
+        (space / name).parent.mkdir(exist_ok=True)
+        (space / name).write_text("secret")
+    code, _, errors = coaug(*arguments)
+    assert code == 0, errors
+    files = hub.files("me/judged", "space")
+    assert not {"notes.txt", ".venv/pyvenv.cfg", ".gradio/log.csv", ".git/config"} & files.keys()
+    assert not {"queries.jsonl", "qrels.trec"} & files.keys()  # of the push before
+    _, printed, _ = coaug(*arguments, "--dry_run", "--json")
+    assert set(json.loads(printed)["files"]) | {".gitattributes"} == set(files)
+
+
+# Names, and where they lead
+
+
+@pytest.mark.parametrize("name", ["me/a--b", "é/ü", "me/x.", "me/x/", "me/a b", "x/y/z"])
+def test_names_that_no_repository_has_end_in_one_line(hub, refused, beir_folder, tmp_path, name):
+    arguments = ["--collection", beir_folder, "--output", tmp_path / "out"]
+    assert name.rstrip("/") in refused("augment", "--model", name, *arguments)
+    assert "there is no index" in refused("search", "--index", name, "salt")
+    assert "no augmentations there" in refused("evaluate", "--augmentations", name, *arguments)
+
+
+def test_a_connection_that_drops_is_told_in_one_line(hub, refused, beir_folder, tmp_path, monkeypatch):
+    def drop(self):
+        self.close_connection = True  # without an answer
+
+    for method in ("do_GET", "do_HEAD"):
+        monkeypatch.setattr(hub_server._Handler, method, drop)
+    arguments = ["--collection", beir_folder, "--output", tmp_path / "out"]
+    line = refused("augment", "--model", "me/advice", *arguments)
+    assert "me/advice cannot be read: the Hub was not reached" in line
+
+
+def test_relative_folders_are_no_names_of_the_hub(hub, coaug, policy, beir_folder, tmp_path, monkeypatch):
+    """`runs/untrained` reads like a repository, and would be a link to someone else's."""
+    ignored = shutil.ignore_patterns("checkpoint-*", "evaluations")
+    shutil.copytree(policy, tmp_path / "runs" / "untrained", ignore=ignored)
+    monkeypatch.chdir(tmp_path)
+    collection = ["--collection", beir_folder]
+    assert coaug("augment", "--model", "runs/untrained", *collection, "--output", "added")[0] == 0
+    assert coaug("index", *collection, "--augmentations", "added", "--output", "index")[0] == 0
+    shutil.rmtree("runs")
+    for folder in ("added", "index"):
+        upload = prepare(folder, "me/x")
+        assert b"runs/untrained" not in upload.files["manifest.json"]
+        assert "runs/untrained" not in str(upload.card) and "`untrained`" in str(upload.card)
+
+
+def test_a_client_error_is_not_to_be_tried_again(fresh_hub, refused, policy):
+    fresh_hub.fail, fresh_hub.fail_with = "/preupload/", 400
+    line = refused("push", policy, "--repo_id", "me/advice")
+    assert "the Hub answers 400" in line and "goes on" not in line
+    fresh_hub.fail = None
+    line = refused("push", policy, "--repo_id", "me/advice", "--revision", "a b")
+    assert "Invalid reference name" in line and "goes on" not in line
+
+
+def test_damaged_tables_are_refused(hub, refused, made, beir_folder, tmp_path):
+    upload = prepare(made / "augmentations", "me/damaged")
+    ids = [row["_id"] for row in rows(made / "augmentations" / "queries.jsonl")]
+    for columns in ({"_id": ids}, {"_id": ids, "augmentation": [7] * len(ids), "complete": [True] * len(ids)}):
+        table = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.table(columns), table)
+        place = "queries/train-00000-of-00001.parquet"
+        push(replace(upload, files=upload.files | {place: table.getvalue()}), "me/damaged")
+        arguments = ["--collection", beir_folder, "--augmentations", "me/damaged", "--output", tmp_path / "out"]
+        assert "not rows of _id, augmentation, complete" in refused("evaluate", *arguments)
+
+
+# Adapters
+
+
+def test_an_adapter_is_known_with_its_base_model(hub, tiny_model, tmp_path):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, task_type="CAUSAL_LM"))
+    model.save_pretrained(adapter)
+    AutoTokenizer.from_pretrained(base).save_pretrained(adapter)
+    PolicySettings(PROMPT_SET, GENERATION, BM25Retriever().config).save(adapter)
+    before = fingerprint(str(adapter))
+    assert before == f"{folder_hash(adapter)}+{folder_hash(base)}"
+    other = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        other.get_input_embeddings().weight.add_(0.5)
+    other.save_pretrained(base)
+    assert fingerprint(str(adapter)) != before
+    # Its own part does not change with where the base lies.
+    push(prepare(adapter, "me/lora"), "me/lora")
+    assert folder_hash(policy_of(hub, "me/lora", tmp_path)) == folder_hash(adapter)
+    commit = push(Upload("model", {path.name: path for path in tiny_model.iterdir()}), "me/lora-base")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    write_json(adapter / "adapter_config.json", config | {"base_model_name_or_path": "me/lora-base"})
+    assert fingerprint(str(adapter)) == f"{folder_hash(adapter)}+{commit.oid}"
+    assert before.startswith(folder_hash(adapter))
+
+
+# Licence
+
+
+def test_the_licence_of_a_base_model_on_the_hub_is_kept(hub, tiny_model):
+    card = b"---\nlicense: other\nlicense_name: qwen-research\nlicense_link: LICENSE\n---\n"
+    push(Upload("model", {"config.json": tiny_model / "config.json", "README.md": card}), "me/licensed")
+    assert license_of("me/licensed") == {
+        "license": "other",
+        "license_name": "qwen-research",
+        "license_link": "LICENSE",
+    }
+    assert license_of("me/nowhere") == license_of(str(tiny_model)) == license_of(None) == {}
 
 
 # The trainer
@@ -635,6 +853,31 @@ def test_a_hub_that_fails_does_not_end_a_training(fresh_hub, collection, tiny_mo
         push_run(trainer)
     fresh_hub.fail = None
     assert push(prepare(tmp_path / "run", "me/trained"), "me/trained").oid
+
+
+def test_a_private_run_does_not_begin_with_a_public_repository(fresh_hub, collection, tiny_model, tmp_path):
+    huggingface_hub.HfApi().create_repo("me/trained", private=False)
+    with pytest.raises(InputError, match="me/trained is there already and public"):
+        make_trainer(tmp_path / "run", collection, tiny_model)
+
+
+def test_training_goes_on_while_a_checkpoint_is_uploaded(fresh_hub, collection, tiny_model, tmp_path):
+    class Release(transformers.TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                assert (tmp_path / "run" / "checkpoint-1").is_dir()  # what is being uploaded stays
+                fresh_hub.hold.set()
+
+    trainer = make_trainer(tmp_path / "run", collection, tiny_model)
+    trainer.args.max_steps, trainer.args.save_total_limit = 3, 1
+    trainer.add_callback(Release())
+    fresh_hub.hold = threading.Event()
+    trainer.train()
+    assert fresh_hub.repositories["model", "me/trained"].messages == [
+        "initial commit",
+        "Training in progress, step 1",
+    ]
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
 
 
 def test_the_trainer_says_at_once_that_it_could_not_push(hub, collection, tiny_model, tmp_path):

@@ -104,7 +104,13 @@ def test_queries_without_relevant_documents_go_to_train(make):
     ("documents", "judgments", "message"),
     [
         ("", JUDGMENTS, "documents.csv, line 1: the column 'id' is missing: the header has none"),
-        ("id;text\nd1;one\n", JUDGMENTS, "line 1: the column 'id' is missing: the header has id;text"),
+        ("name,text\nd1,one\n", JUDGMENTS, "line 1: the column 'id' is missing: the header has name, text"),
+        (
+            "id;text\nd1;one\n",
+            JUDGMENTS,
+            "documents.csv, line 1: the separator seems to be ';': save the file with commas",
+        ),
+        (DOCUMENTS, JUDGMENTS.replace(",", "\t"), "judgments.csv, line 1: the separator seems to be '\\t'"),
         ("id,text,id\nd1,one,x\n", JUDGMENTS, "line 1: a column is there twice"),
         ("id,text\n", JUDGMENTS, "documents.csv has no documents"),
         (DOCUMENTS + "d1,again\n", JUDGMENTS, "documents.csv, line 5: the document id 'd1' is already taken"),
@@ -113,7 +119,10 @@ def test_queries_without_relevant_documents_go_to_train(make):
         (DOCUMENTS + "a b,text\n", JUDGMENTS, "line 5: `id` is 'a b'"),
         (DOCUMENTS + ",text\n", JUDGMENTS, "line 5: `id` is ''"),
         (DOCUMENTS + 'd4,"open\n', JUDGMENTS, "documents.csv, line 5: not CSV"),
-        (DOCUMENTS.encode() + b"d4,\xff\n", JUDGMENTS, "not UTF-8"),
+        (DOCUMENTS.encode() + b"d4,\xff\n", JUDGMENTS, "documents.csv, line 5: not UTF-8"),
+        (b"\xff" + DOCUMENTS.encode(), JUDGMENTS, "documents.csv, line 1: not UTF-8"),
+        (DOCUMENTS.encode("utf-16"), JUDGMENTS, "documents.csv, line 1: not UTF-8"),
+        (DOCUMENTS, JUDGMENTS.encode() + b"x" * 100_000 + b"\nf\xfcr,d1\n", "judgments.csv, line 6: not UTF-8"),
         (DOCUMENTS, "query,document\n", "judgments.csv, line 1: the column 'document_id' is missing"),
         (DOCUMENTS, JUDGMENTS + "fourth,d9\n", "judgments.csv, line 5: the document 'd9' is not among the documents"),
         (DOCUMENTS, JUDGMENTS + " ,d1\n", "judgments.csv, line 5: the query is empty"),
@@ -148,7 +157,7 @@ def test_an_existing_folder_is_left_alone(make, tmp_path):
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "mine.txt").write_text("mine", encoding="utf-8")
     code, _, err, folder = make()
-    assert code == 2 and "is there already" in err
+    assert code == 2 and "is there already" in err and "corpus.jsonl" in err
     assert [path.name for path in folder.iterdir()] == ["mine.txt"]
 
 

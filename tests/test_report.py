@@ -17,11 +17,12 @@ from test_trainer import DEFAULTS, PROMPT_SET, teach_expansions
 
 from coaug_trl import BM25Retriever, CoAugConfig, CoAugTrainer, Collection
 from coaug_trl.analysis import measure_alignment
-from coaug_trl.charts import _spread, draw_gains
+from coaug_trl.charts import _spread, _thin, draw_gains, draw_lines
 from coaug_trl.cli import main
 from coaug_trl.compare import compare_folders, format_p
 from coaug_trl.pages import render_markdown, save_report
 from coaug_trl.policy import PolicySettings
+from coaug_trl.record import load_record
 from coaug_trl.report import make_report
 
 
@@ -187,6 +188,29 @@ def test_it_can_be_used_from_the_keyboard_and_by_a_screen_reader(page):
     assert set(targets) <= set(ids)
 
 
+def test_tables_have_names_and_stops_only_where_they_may_scroll(chromium, page, written):
+    rows = page.evaluate(
+        "[...document.querySelectorAll('tbody tr')].map(row => row.querySelectorAll('th[scope=row]').length)"
+    )
+    assert rows and set(rows) == {1}
+    assert page.locator("table > caption").count() == page.locator("table").count()
+    names = page.locator("tbody th").all_text_contents()
+    assert {"none", "policy"} <= set(names) and not {"a", "b"} & set(names)
+    summaries = page.locator("figure summary").all_text_contents()
+    assert len(summaries) == len(set(summaries)) and all(text.startswith("Numbers of ") for text in summaries)
+    assert page.locator(".scroll:not([tabindex])").count() > 0 and page.locator("pre[tabindex]").count() == 0
+    for width in (360, 1280):
+        narrow = chromium.new_page(viewport={"width": width, "height": 800})
+        narrow.goto(written[0].as_uri())
+        narrow.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
+        unreachable = narrow.evaluate(
+            "[...document.querySelectorAll('.scroll:not([tabindex])')].filter(each => "
+            "each.scrollWidth > each.clientWidth || each.scrollHeight > each.clientHeight).length"
+        )
+        assert unreachable == 0
+        narrow.close()
+
+
 def test_shared_words_are_marked(page, trained_run):
     comparison = compare_folders([trained_run / "evaluations" / name for name in ("none", "policy")])
     shared = [
@@ -198,6 +222,7 @@ def test_shared_words_are_marked(page, trained_run):
         if piece.shared
     ]
     assert comparison.examples and shared
+    assert "part in the DCG changed most in the direction of the query's change" in page.text_content("#cases")
     assert page.locator("mark").all_text_contents() == shared
     heads = page.locator(".case h4").all_text_contents()
     assert [re.search(r"query (\S+): ", head)[1] for head in heads] == [each.query_id for each in comparison.examples]
@@ -260,6 +285,7 @@ def test_curves_are_those_that_were_logged_and_the_best_checkpoint_is_named(trai
     ]
     section = markdown[markdown.index("### Reward") :]
     assert table_rows(section, "| step | query | relevant | irrelevant |") == expected
+    assert "lines that cover each other are nearly equal; see Numbers." in section
     dev = {entry["step"]: entry["eval_nDCG@10"] for entry in history if "eval_nDCG@10" in entry}
     best = max(dev, key=dev.get)
     assert f"Best: {dev[best]:.4f} at step {best}, kept as checkpoint-{best}." in markdown
@@ -301,6 +327,123 @@ def test_the_same_run_gives_the_same_bytes_and_files_that_it_names_are_there(
     assert all((trained_run / name).exists() for name in named)
 
 
+def rewrite(path, change):
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def add_evaluation(run, name, source, change):
+    """Another evaluation with the values of one that is there, made otherwise."""
+    folder = shutil.copytree(run / "evaluations" / source, run / "evaluations" / name)
+    rewrite(folder / "manifest.json", change)
+    return folder
+
+
+def test_the_main_evaluation_is_what_the_policy_was_trained_for(run_copy):
+    other_retriever = add_evaluation(run_copy, "z-k1", "policy", lambda each: each["retriever"].update(k1=3.0))
+    add_evaluation(run_copy, "z-queries", "policy", lambda each: each.update(augmented_sides=["query"]))
+    record = load_record(run_copy)
+    assert [each.folder.name for each in record.comparable[0]][-1] == "policy"
+    first, *rest = make_report(run_copy).headline
+    assert "which augments queries and documents for bm25 in evaluations/policy." in first
+    assert "the 6 pairs of systems" in rest[-1]
+    shutil.rmtree(run_copy / "evaluations" / "policy")
+    report = make_report(run_copy)
+    assert "in evaluations/z-queries." in report.headline[0]
+    shutil.rmtree(run_copy / "evaluations" / "z-queries")
+    report = make_report(run_copy)
+    assert (
+        f"k1 3.0, b 0.75, language english, fields flat) in evaluations/{other_retriever.name}" in report.headline[0]
+    )
+    assert "With no augmentation and another retriever, it is" in " ".join(report.headline)
+    assert "It was trained to augment queries and documents for bm25 (k1 1.2" in report.hints[0].text
+
+
+def test_the_headline_says_what_the_queries_were_used_for(run_copy):
+    def headline(split, **arguments):
+        for name in ("none", "policy"):
+            rewrite(run_copy / "evaluations" / name / "manifest.json", lambda each: each.update(split=split))
+        rewrite(run_copy / "training.json", lambda each: each["arguments"].update(arguments))
+        return " ".join(make_report(run_copy).headline)
+
+    assert "Checkpoints were chosen" not in headline("test") + headline("dev")
+    assert "Checkpoints were chosen on these queries" in headline("dev", load_best_model_at_end=True)
+    assert "It was trained on these queries" in headline("train")
+    rewrite(run_copy / "training.json", lambda each: each.update(collection="another"))
+    assert "trained on these queries" not in headline("train") and "Checkpoints" not in headline("dev")
+
+
+def test_the_test_split_comes_first_and_the_training_split_last(run_copy):
+    for split in ("train", "dev"):
+        for name in ("none", "policy"):
+            for copy in range({"train": 3, "dev": 2}[split]):  # more than of the test split
+                add_evaluation(
+                    run_copy, f"{split}-{name}-{copy}", name, lambda each, split=split: each.update(split=split)
+                )
+    assert [group[0].key[1] for group in load_record(run_copy).comparable] == ["test", "dev", "train"]
+    report = make_report(run_copy)
+    assert "hostile, test split" in report.headline[0]
+    titles = [section.title for section in report.sections if section.title.startswith("Results")]
+    assert titles == [f"Results: hostile, {split} split" for split in ("test", "dev", "train")]
+
+
+def test_the_best_baseline_is_neither_another_policy_nor_another_retriever(run_copy):
+    def made_by(retriever):
+        return lambda each: each["augmentations"].update(revision="0" * 16, retriever=retriever)
+
+    add_evaluation(run_copy, "stronger", "none", lambda each: each["retriever"].update(k1=3.0))
+    assert "With the best other system, stronger, it is" in " ".join(make_report(run_copy).headline)
+    add_evaluation(run_copy, "policy-2", "policy", made_by({"retriever": "bm25"}))
+    assert "the best baseline" not in " ".join(make_report(run_copy).headline)
+    add_evaluation(run_copy, "untrained", "none", lambda each: None)
+    manifest = json.loads((run_copy / "evaluations" / "policy" / "manifest.json").read_text(encoding="utf-8"))
+    made_by({})(manifest)
+    rewrite(run_copy / "evaluations" / "untrained" / "manifest.json", lambda each: each.update(manifest))
+    report = make_report(run_copy)
+    assert "With the best baseline, untrained, it is" in " ".join(report.headline)
+    assert [label for label, _ in report.bars.rows] == ["no augmentation", "untrained", "this policy"]
+    add_evaluation(run_copy, "rm3", "policy", lambda each: (each.update(augmentations=None, augmented_sides=[]),
+                   each["retriever"].update(rm3={"k": 10})))  # fmt: skip
+    shutil.rmtree(run_copy / "evaluations" / "untrained")
+    assert "With the best baseline, rm3, it is" in " ".join(make_report(run_copy).headline)
+
+
+def test_p_values_are_said_to_be_of_what_and_intervals_are_shown(trained_run):
+    report = make_report(trained_run)
+    comparison = compare_folders([trained_run / "evaluations" / name for name in ("none", "policy")])
+    low, high = (f"{bound:+.4f}".replace("-", "−") for bound in comparison.pairs[0].interval)
+    assert f"(95\xa0% interval {low} to {high}, p" in report.headline[1]
+    assert report.headline[-1].startswith("p is that of the paired t test after Holm's correction for the one pair")
+    assert text_of(report).count(f"interval {low} to {high}") == 2  # and below the chart
+
+
+def test_shared_words_of_this_policy_are_told_first(trained_run, hostile_folder, markdown):
+    rows = measure_alignment(Collection.load(hostile_folder, "test"), [trained_run / "augmentations"])
+    plain, composed = (f"{row.cross_entropy:.3f}" for row in rows[:2])
+    text = markdown.replace("\\", "")
+    assert f"It is {composed} with augmentations (this policy) and {plain} for the texts as they are." in text
+    assert "averages over different words" in text
+
+
+@pytest.mark.parametrize("place", ["best_global_step", "best_model_checkpoint"])
+def test_whose_weights_the_folder_has_is_read_rather_than_guessed(run_copy, place):
+    history = json.loads((run_copy / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    dev = {entry["step"]: entry["eval_nDCG@10"] for entry in history if "eval_nDCG@10" in entry}
+    best = max(dev, key=dev.get)
+    other = next(step for step in (2, 1) if step != best)  # best by another measure
+    for path in run_copy.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    assert f"at step {best}; the folder has the weights of step 3." in text_of(make_report(run_copy))
+    value = {"best_global_step": other, "best_model_checkpoint": f"/elsewhere/checkpoint-{other}"}[place]
+    nothing = {"best_global_step": None, "best_model_checkpoint": None}
+    rewrite(run_copy / "trainer_state.json", lambda each: each.update({**nothing, place: value}))
+    rewrite(run_copy / "training.json", lambda each: each["arguments"].update(load_best_model_at_end=True))
+    assert f"at step {best}; the folder has the weights of step {other}." in text_of(make_report(run_copy))
+    rewrite(run_copy / "trainer_state.json", lambda each: each.update(nothing))
+    assert "the folder has the weights" not in text_of(make_report(run_copy))
+
+
 # What a run may lack
 
 
@@ -319,7 +462,7 @@ def test_a_run_of_version_0_1_0_without_history(run_copy):
     for path in (run_copy / "training.json", run_copy / "trainer_state.json", *run_copy.glob("checkpoint-*")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     text = text_of(make_report(run_copy))
-    assert "There is no training.json" in text and "There are no curves" in text
+    assert "There is no training.json (an older version wrote none)" in text and "There are no curves" in text
     assert f"{metrics_of(run_copy, 'policy')['nDCG@10']:.4f} with this policy" in text
 
 
@@ -345,6 +488,43 @@ def test_an_interrupted_run_is_reported_as_of_its_last_whole_checkpoint(run_copy
     text = text_of(report)
     assert "from checkpoint-2/trainer_state.json" in text and "- **Optimizer steps:** 2" in text
     assert "evaluations/none/metrics.json" in text
+    assert re.search(r"Best: 0\.\d{4} at step [12], kept as checkpoint-[12]\.", text)
+
+
+def damage(path, name, value):
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if value is None:
+        del content[name]
+    else:
+        content[name] = value
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "value"),
+    [
+        ("training.json", "num_train_queries", None),
+        ("training.json", "num_documents", "many"),
+        ("training.json", "eval_split", None),
+        ("training.json", "collection", 7),
+        ("training.json", "arguments", [1]),
+        ("training.json", "steps_per_batch", 0),
+        ("trainer_state.json", "log_history", {"step": 1}),
+        ("trainer_state.json", "log_history", [{"step": 1}, 2]),
+        ("trainer_state.json", "log_history", [{"reward": 0.5}]),
+        ("trainer_state.json", "log_history", [{"step": "1"}]),
+        ("trainer_state.json", "best_global_step", "first"),
+    ],
+)
+def test_damaged_records_are_refused(run_copy, refused, file, name, value):
+    damage(run_copy / file, name, value)
+    message = refused("report", run_copy)
+    assert f"{file}: " in message and name in message and "restore the file" in message
+
+
+def test_an_evaluation_without_its_retriever_is_refused(run_copy, refused):
+    damage(run_copy / "evaluations" / "none" / "manifest.json", "retriever", None)
+    assert "none/manifest.json does not say with which retriever" in refused("report", run_copy)
 
 
 def test_values_that_are_no_numbers_are_left_out(run_copy, tmp_path):
@@ -407,6 +587,26 @@ def test_labels_stand_apart_in_the_order_of_their_lines(places):
     assert all(after - before > 0.1 - 1e-9 for before, after in zip(ordered, ordered[1:], strict=False))
     order = sorted(range(len(places)), key=places.__getitem__)
     assert [moved[place] for place in order] == ordered
+
+
+@given(st.lists(st.floats(-1, 1), min_size=401, max_size=900))
+def test_lines_are_thinned_without_losing_a_peak(values):
+    points = list(enumerate(values))
+    kept = _thin(points)
+    assert len(kept) <= 402 and kept == sorted(set(kept)) and set(kept) <= set(points)
+    assert {points[0], points[-1]} <= set(kept)
+    assert max(value for _, value in kept) == max(values) and min(value for _, value in kept) == min(values)
+
+
+def test_charts_of_long_runs_and_many_queries_stay_small():
+    short, long = (
+        draw_lines("a", "title", "words", {"reward": [(step, step % 7) for step in range(length)]})
+        for length in (400, 40_000)
+    )
+    assert len(long) < 3 * len(short)
+    few, many = (draw_gains("b", "t", "w", [i / n - 0.25 for i in range(n)], "change") for n in (1000, 50_000))
+    assert len(many) < 1.5 * len(few)
+    assert "37,499 better" in many and "1 equal" in many and "12,500 worse" in many
 
 
 def test_a_chart_says_how_many_gained_and_lost_and_takes_texts_as_they_are():

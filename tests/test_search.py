@@ -150,6 +150,9 @@ def test_index_checks_the_augmentations_as_evaluate_does(refused, augmentations,
     queries = shutil.copytree(augmentations, tmp_path / "queries")
     (queries / "documents.jsonl").unlink()
     shutil.rmtree(queries / "documents.shards")
+    manifest = read_json(queries / "manifest.json")
+    del manifest["sides"]["document"]
+    (queries / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     command = ("index", "--augmentations", queries, "--output", tmp_path / "index")
     assert "there is no documents.jsonl yet" in refused(*command, "--collection", beir_folder)
     assert not (tmp_path / "index").exists()
@@ -248,6 +251,14 @@ def test_another_retriever_than_the_indexs_is_refused(refused, plain_index, poli
     assert "language" not in message
 
 
+def test_other_generation_settings_than_the_documents_are_refused(refused, index, policy, tmp_path):
+    other = shutil.copytree(policy, tmp_path / "policy")
+    PolicySettings(PROMPT_SET, GenerationSettings(12, 1.2), RETRIEVER.config).save(other)
+    message = refused("search", "--index", index, "--model", other, "sodium")
+    assert "max_new_tokens is 12 for the queries and 24 for the documents" in message
+    assert "repetition_penalty" not in message
+
+
 def test_prompts_for_another_kind_of_retriever_are_refused(refused, plain_index, tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "dense")
     PolicySettings(PromptSet.default("dense"), GENERATION).save(folder)
@@ -290,6 +301,27 @@ def test_a_file_cut_short_is_refused(refused, plain_index, tmp_path, name):
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: len(content) // 2])
     assert "damaged" in refused("search", "--index", folder, "--k", 40, "review of volunteers and parents in trial")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("manifest.json", lambda content: {"finished": True}),
+        ("manifest.json", lambda content: content | {"augmentations": {}}),
+        ("manifest.json", lambda content: content | {"retriever": "bm25"}),
+        ("manifest.json", lambda content: content | {"retriever": content["retriever"] | {"k1": 99}}),
+        ("retriever.json", lambda content: content | {"cache_dir": "elsewhere"}),
+        ("retriever.json", lambda content: [content]),
+        ("document_ids.json", lambda content: content[:3]),
+    ],
+)
+def test_files_that_do_not_belong_together_are_refused(refused, plain_index, tmp_path, monkeypatch, name, change):
+    folder = shutil.copytree(plain_index, tmp_path / "index")
+    (folder / name).write_text(json.dumps(change(read_json(folder / name))), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    message = refused("search", "--index", folder, "sodium")
+    assert "index the co" in message and str(folder) in message
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 
 def test_texts_without_blanks_or_titles_are_shown(coaug, tmp_path):

@@ -100,6 +100,15 @@ def test_numbers_that_json_has_no_word_for_become_null(capsys):
     assert json.loads(capsys.readouterr().out) == {"effect": None, "rows": [{"p": None}]}
 
 
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(evaluations):
+    command = [sys.executable, "-m", "coaug_trl.cli", "compare", str(evaluations / "flat"), str(evaluations / "best")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert b"Traceback" not in errors and b"BrokenPipe" not in errors
+    assert process.wait() == 141
+
+
 def run_on_terminal(arguments: list[str], **environment) -> str:
     """What a command prints where standard output and error are a terminal."""
     master, slave = pty.openpty()

@@ -1,5 +1,6 @@
 """`coaug train` from recipe to saved policy: settings, errors, interruption."""
 
+import json
 import os
 import re
 import signal
@@ -87,6 +88,27 @@ def test_a_recipe_trains_and_saves_a_policy(train, recipe, tiny_model, tmp_path,
     assert 0 <= metrics["eval_nDCG@10"] <= 1
     assert (run / "train_results.json").is_file() and (run / "trainer_state.json").is_file()
     assert "1 generation batch = 4 groups × 6 texts × 3 rollouts = 72 completions, 2 optimizer steps" in caplog.text
+
+
+def test_completions_go_to_files_and_not_between_what_is_printed(train, tmp_path, capsys):
+    logged = {"log_completions": True, "num_completions_to_print": 0, "save_strategy": "no", "max_steps": 2}
+    assert train(**logged, eval_strategy="steps", eval_steps=2) == 0
+    printed = capsys.readouterr().out
+    assert "Step 2" not in printed and "step 2: eval_nDCG@10 = " in printed
+    assert len(list((tmp_path / "run" / "completions").glob("*.parquet"))) == 2
+    logged |= {"output_dir": str(tmp_path / "other"), "num_completions_to_print": 2}
+    assert train("--json", **logged) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["folder"] == str(tmp_path / "other")
+    assert "Step 2" in printed.err
+
+
+def test_an_adapter_is_not_a_model_to_begin_from(train, tmp_path, capsys):
+    assert train(use_peft=True, max_steps=1, save_strategy="no") == 0
+    capsys.readouterr()
+    assert_one_error(
+        train(model_name_or_path=str(tmp_path / "run")), capsys.readouterr().err, "is an adapter.*merge it"
+    )
 
 
 def test_the_nfcorpus_recipe_trains_with_a_small_model(beir_folder, tiny_model, tmp_path):
@@ -191,7 +213,7 @@ def test_wrong_settings_end_in_one_error_line(train, capsys, changes, expected):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--config", "/no/such/recipe.yaml"], "/no/such/recipe.yaml"),
+        (["--config", "/no/such/recipe.yaml"], "/no/such/recipe.yaml: there is no such recipe"),
         (["--config"], "--config names no recipe"),
         ([], "--collection"),
     ],
@@ -208,7 +230,8 @@ def test_a_recipe_that_is_no_yaml_mapping_ends_in_one_error_line(tmp_path, capsy
 
 
 def test_an_unknown_option_ends_in_one_error_line(train, capsys):
-    assert_one_error(train("--group_siez", 6), capsys.readouterr().err, "--group_siez")
+    assert_one_error(train("--group_siez", 6), capsys.readouterr().err, "--group_siez; did you mean --group_size?")
+    assert_one_error(train("--group_siez=6"), capsys.readouterr().err, "--group_siez; did you mean --group_size?")
 
 
 def test_errors_of_a_process_of_its_own_have_no_traceback(tmp_path):

@@ -211,7 +211,18 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "retriever.json"
     if not path.is_file():
         raise InputError(f"{folder} holds no finished index (there is no retriever.json): index the corpus again.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise InputError(f"{folder}: the index is damaged (retriever.json); index the collection again.")
+    return config
+
+
+def check_settings(folder: str | Path, config: dict[str, Any], names: Iterable[str]) -> None:
+    """Refuses settings that no `config` has: an index from elsewhere must not say where this machine keeps a cache."""
+    if unknown := sorted(config.keys() - set(names)):
+        raise InputError(
+            f"{folder}: the index is damaged (retriever.json has {unknown[0]!r}); index the collection again."
+        )
 
 
 def unique_ids(documents: list["Document"]) -> list[str]:

@@ -22,7 +22,7 @@ from ..data import Document
 from ..errors import InputError
 from ..files import write_json
 from .analyzer import PROGRESS_FROM, Analyzer
-from .base import Retriever, best_places, check_depth, read_config, unique_ids
+from .base import Retriever, best_places, check_depth, check_settings, read_config, unique_ids
 
 
 FIELDS = {
@@ -478,12 +478,16 @@ class BM25Retriever(Retriever):
         config = read_config(folder)
         if config.pop("retriever", None) != "bm25":
             raise InputError(f"{folder} holds an index of another retriever than BM25: see its retriever.json.")
+        check_settings(folder, config, ("k1", "b", "language", "fields"))
         retriever = cls(**config)
-        retriever._take_index(
-            [_load_field(field_folder(folder, i)) for i in range(len(retriever._field_texts))],
-            _read_json(folder / "statistics.json")["average_lengths"],
-            _read_json(folder / "document_ids.json"),
-        )
+        indexes = [_load_field(field_folder(folder, i)) for i in range(len(retriever._field_texts))]
+        document_ids = _read_json(folder / "document_ids.json")
+        if {index.scores["num_docs"] for index in indexes} != {len(document_ids)}:
+            raise InputError(
+                f"{folder}: the index is damaged ({len(document_ids)} ids are not those of its documents); index the "
+                "collection again."
+            )
+        retriever._take_index(indexes, _read_json(folder / "statistics.json")["average_lengths"], document_ids)
         return retriever
 
     def _take_index(self, indexes: list[bm25s.BM25], average_lengths: list[float], document_ids: list[str]) -> None:

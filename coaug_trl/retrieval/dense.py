@@ -18,7 +18,7 @@ from ..data import Document
 from ..errors import InputError
 from ..files import write_json
 from ..prompts import document_text
-from .base import Retriever, check_depth, read_config, select_nearest, unique_ids
+from .base import Retriever, check_depth, check_settings, read_config, select_nearest, unique_ids
 
 
 try:
@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 BGE_ENGLISH = re.compile(r"bge-(small|base|large)-en")
 BGE_QUERY_PROMPT = "Represent this sentence for searching relevant passages: "
 
+# Of an index: the keys of [`DenseRetriever.config`].
+SETTINGS = ("model", "weights", "query_prompt", "document_prompt", "index_factory", "search_parameters")
 SHARD_SIZE = 1024  # texts embedded at a time: what an interruption loses at most
 PROGRESS_FROM = 2000
 NEAREST_CHUNK = 1 << 25  # scores held at a time: 128 MB, as each time all document embeddings are read
@@ -330,6 +332,7 @@ class DenseRetriever(Retriever):
         config = read_config(folder)
         if config.pop("retriever", None) != "dense":
             raise InputError(f"{folder} holds an index of another retriever than a dense one: see its retriever.json.")
+        check_settings(folder, config, SETTINGS)
         retriever = cls(**config)
         document_ids = json.loads((folder / "document_ids.json").read_text(encoding="utf-8"))
         try:
@@ -338,6 +341,11 @@ class DenseRetriever(Retriever):
             raise InputError(
                 f"{folder}: the index is damaged: index the collection again. FAISS says: {error}"
             ) from None
+        if len(document_ids) != index.ntotal:
+            raise InputError(
+                f"{folder}: the index is damaged ({len(document_ids)} ids for {index.ntotal} texts); index the collection "
+                "again."
+            )
         retriever._take_index(index, document_ids)
         return retriever
 

@@ -60,7 +60,7 @@ class PageRequests:
     def _is_search(self, body: bytes) -> bool:
         try:
             content = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
         if not isinstance(content, dict) or content.get("fn_index") != self.search:
             return False

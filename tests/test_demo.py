@@ -504,7 +504,7 @@ def test_searches_that_nobody_reads_end_and_only_so_many_wait(chromium, slow, mo
     monkeypatch.setattr("coaug_trl.demo.WAITING", 2)
     for number in range(3):
         assert join(slow, [f"vitamin {number}"], session=f"nobody-{number}") == 200
-    until(lambda: len(slow._line) == 3)
+        until(lambda number=number: len(slow._line) == number + 1)
     page = visit(chromium, slow, "vitamin D")
     page.locator(".notice").get_by_text("2 searches are waiting already; try again in a minute.").wait_for()
     monkeypatch.setattr("coaug_trl.demo.ANSWER_SECONDS", 0.25)
@@ -537,6 +537,7 @@ def test_the_model_writes_for_one_at_a_time(slow):
         ([999], 0),
         ([999], 1),
         ([0], 77),
+        (["\ud800"], None),
     ],
 )
 def test_what_no_browser_sends_leaves_no_trace(demo, capfd, data, fn_index):

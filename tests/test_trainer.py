@@ -686,6 +686,7 @@ SIGNATURES = {
     (Trainer, "_get_grad_norm"): ["self", "model", "grad_norm"],
     (Trainer, "_save"): ["self", "output_dir", "state_dict"],
     (Trainer, "_push_from_checkpoint"): ["self", "checkpoint_folder"],
+    (Trainer, "_finish_current_push"): ["self"],
     (Trainer, "init_hf_repo"): ["self", "token", "private"],
     (Trainer, "push_to_hub"): ["self", "commit_message", "blocking", "token", "revision", "private", "kwargs"],
     (GRPOTrainer, "create_model_card"): ["self", "model_name", "dataset_name", "tags"],

@@ -165,4 +165,6 @@ def _adapter_settings(path: Path) -> bytes:
         config.pop("base_model_name_or_path", None)
     except (ValueError, AttributeError, TypeError) as error:
         raise InputError(f"{path}: not the configuration of an adapter ({error}); restore the file.") from None
-    return json.dumps(config, sort_keys=True).encode()
+    # PEFT keeps the names of modules in a set, and writes them in another order each time.
+    sets = {name: sorted(value, key=str) for name, value in config.items() if isinstance(value, list)}
+    return json.dumps(config | sets, sort_keys=True).encode()

@@ -21,7 +21,7 @@ from coaug_trl import Augmenter, BM25Retriever, Collection, Document, InputError
 from coaug_trl.augment import Augmentation
 from coaug_trl.augmented import AugmentedCollection, side_texts
 from coaug_trl.engines import Completion, TransformersEngine
-from coaug_trl.policy import GenerationSettings, PolicySettings
+from coaug_trl.policy import GenerationSettings, PolicySettings, folder_hash
 from coaug_trl.prompts import extract_answer
 
 
@@ -449,6 +449,17 @@ def test_the_revision_of_a_folder_changes_with_its_weights(policy, model):
         next(changed.parameters())[0, 0] += 1
     changed.save_pretrained(policy)
     assert Augmenter.from_pretrained(str(policy)).revision != before
+
+
+def test_the_revision_of_an_adapter_does_not_change_with_the_order_of_its_modules(tmp_path):
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    revisions = set()
+    for modules in (["q_proj", "v_proj"], ["v_proj", "q_proj"]):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8, "target_modules": modules}))
+        revisions.add(folder_hash(tmp_path))
+    assert len(revisions) == 1
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 16, "target_modules": modules}))
+    assert folder_hash(tmp_path) not in revisions
 
 
 def test_a_policys_modified_prompt_set_is_detected(policy):

@@ -10,10 +10,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
+
+# A shell starts a job in the background without Ctrl-C, which its children inherit; some tests need it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TOPICS = {
     "statins": ("cholesterol", "statin tablets", "heart attack"),

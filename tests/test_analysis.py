@@ -56,8 +56,8 @@ def write_augmentations(folder, answers, collection="animals"):
     for side, answers_of in answers.items():
         rows = [{"_id": id_, "augmentation": answer, "complete": True} for id_, answer in answers_of.items()]
         (folder / names[side]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    manifest = {"model": "m", "revision": None, "prompt_hash": PROMPT_SET.hash, "generation": {}, "retriever": None}
-    manifest |= {"collection": collection, "versions": {}, "sides": {}}
+    manifest = {"model": "m", "revision": None, "prompt_hash": PROMPT_SET.hash, "generation": {}, "retriever": {}}
+    manifest |= {"collection": collection, "versions": {}, "sides": dict.fromkeys(answers, {})}
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return folder
 

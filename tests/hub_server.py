@@ -71,6 +71,7 @@ class Hub:
         self.repositories = {}
         self.stored = {}  # content by SHA-256
         self.uploads = []  # of each content, its SHA-256
+        self.storing = threading.Lock()
         self.requests = Counter()
         self.fail_after, self.fail, self.fail_with = None, None, 507
         self.hold = None
@@ -317,11 +318,12 @@ class _Handler(BaseHTTPRequestHandler):
         self._send({"transfer": "basic", "objects": objects})
 
     def store(self, oid):
-        if self.hub.fail_after is not None and len(self.hub.uploads) >= self.hub.fail_after:
-            raise _Error(self.hub.fail_with, "the disk of the Hub is full")
-        assert hashlib.sha256(self.body).hexdigest() == oid
-        self.hub.stored[oid] = self.body
-        self.hub.uploads.append(oid)
+        with self.hub.storing:  # files come at once, each in a thread, and are counted one by one
+            if self.hub.fail_after is not None and len(self.hub.uploads) >= self.hub.fail_after:
+                raise _Error(self.hub.fail_with, "the disk of the Hub is full")
+            assert hashlib.sha256(self.body).hexdigest() == oid
+            self.hub.stored[oid] = self.body
+            self.hub.uploads.append(oid)
         self._send({})
 
     def commit(self, kind, repo_id, revision):

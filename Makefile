@@ -53,7 +53,7 @@ $(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt
 	@touch $@
 
 test-vllm: $(VLLM_INSTALLED)
-	VLLM_CPU_CI_ENV=1 $(VLLM_VENV)/bin/python -m pytest tests/with_vllm tests/test_engines.py
+	VLLM_CPU_CI_ENV=1 $(VLLM_VENV)/bin/python -m pytest tests/with_vllm tests/augmentation/test_engines.py
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -8,16 +8,16 @@ __version__ = "0.1.0"
 
 # Public names and where they live. Loaded on first use, so that `import coaug_trl` does not import torch.
 _PUBLIC = {
-    "Augmenter": "augment",
+    "Augmenter": "augmentation.augmenter",
     "BM25Retriever": "retrieval",
-    "CoAugConfig": "config",
-    "CoAugTrainer": "trainer",
+    "CoAugConfig": "training.config",
+    "CoAugTrainer": "training.trainer",
     "Collection": "data",
     "DenseRetriever": "retrieval",
     "Document": "data",
-    "InputError": "errors",
-    "PromptSet": "prompts",
-    "RetrievalMetric": "metric",
+    "InputError": "utils.errors",
+    "PromptSet": "policy.prompts",
+    "RetrievalMetric": "evaluation.metric",
     "exact_ndcg_rewards": "rewards",
     "sampled_ndcg_rewards": "rewards",
 }
@@ -37,15 +37,15 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .augment import Augmenter
-    from .config import CoAugConfig
+    from .augmentation.augmenter import Augmenter
     from .data import Collection, Document
-    from .errors import InputError
-    from .metric import RetrievalMetric
-    from .prompts import PromptSet
+    from .evaluation.metric import RetrievalMetric
+    from .policy.prompts import PromptSet
     from .retrieval import BM25Retriever, DenseRetriever
     from .rewards import exact_ndcg_rewards, sampled_ndcg_rewards
-    from .trainer import CoAugTrainer
+    from .training.config import CoAugConfig
+    from .training.trainer import CoAugTrainer
+    from .utils.errors import InputError
 
 
 def __getattr__(name: str):

@@ -10,7 +10,7 @@ is gone may be replaced, and another number of processes may go on.
 
 import sys
 
-from coaug_trl.cli import main
+from coaug_trl.cli.main import main
 
 
 if __name__ == "__main__":

@@ -36,9 +36,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from coaug_trl import Augmenter, Collection, PromptSet
-from coaug_trl.augmented import side_texts
-from coaug_trl.engines import Completion, VLLMEngine, best_engine
-from coaug_trl.policy import GenerationSettings, PolicySettings
+from coaug_trl.augmentation.engines.base import Completion, best_engine
+from coaug_trl.augmentation.engines.vllm import VLLMEngine
+from coaug_trl.augmentation.folder import side_texts
+from coaug_trl.policy.settings import GenerationSettings, PolicySettings
 
 
 PROMPT_SET = PromptSet("sparse", "Write keywords for the query.", "Write keywords for the document.")

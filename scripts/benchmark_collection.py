@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from coaug_trl.data import Collection
-from coaug_trl.files import atomic_open, write_jsonl
-from coaug_trl.groups import CompositeGroups
+from coaug_trl.data.collection import Collection
+from coaug_trl.data.groups import CompositeGroups
+from coaug_trl.utils.files import atomic_open, write_jsonl
 
 
 NUM_QUERIES = 10_000

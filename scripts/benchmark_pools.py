@@ -26,8 +26,9 @@ from benchmark_collection import write_collection
 from transformers import TrainerState
 
 from coaug_trl import BM25Retriever, CoAugConfig, Collection, PromptSet
-from coaug_trl.groups import CompositeGroups
-from coaug_trl.rewards.joint import Corpus, JointReward
+from coaug_trl.data.groups import CompositeGroups
+from coaug_trl.rewards.joint import JointReward
+from coaug_trl.rewards.pool import Corpus
 
 
 NUM_ROLLOUTS = 5

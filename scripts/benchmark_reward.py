@@ -24,10 +24,10 @@ from pathlib import Path
 
 import numpy as np
 
-from coaug_trl.data import Document
-from coaug_trl.prompts import PromptSet
+from coaug_trl.data.document import Document
+from coaug_trl.policy.prompts import PromptSet
 from coaug_trl.retrieval import BM25Retriever
-from coaug_trl.rewards import exact_ndcg_rewards, sampled_ndcg_rewards
+from coaug_trl.rewards.ndcg import exact_ndcg_rewards, sampled_ndcg_rewards
 
 
 NUM_GROUPS, NUM_RELEVANT, NUM_IRRELEVANT, NUM_ROLLOUTS = 32, 5, 10, 5

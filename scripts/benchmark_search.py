@@ -27,8 +27,9 @@ import numpy as np
 import Stemmer
 from tqdm.auto import tqdm
 
-from coaug_trl.data import Collection, Document
-from coaug_trl.prompts import PromptSet
+from coaug_trl.data.collection import Collection
+from coaug_trl.data.document import Document
+from coaug_trl.policy.prompts import PromptSet
 from coaug_trl.retrieval import BM25Retriever
 from coaug_trl.retrieval.analyzer import ENGLISH_WORD
 

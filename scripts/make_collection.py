@@ -23,8 +23,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from coaug_trl import Collection, InputError
-from coaug_trl.cli import run_command
-from coaug_trl.files import atomic_open, write_jsonl
+from coaug_trl.cli.main import run_command
+from coaug_trl.utils.files import atomic_open, write_jsonl
 
 
 SPLITS = ("train", "dev", "test")

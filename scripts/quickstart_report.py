@@ -15,22 +15,17 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from coaug_trl import Augmenter, Collection, Document, PromptSet
-from coaug_trl.augmented import AugmentedCollection
-from coaug_trl.cards import draw_curves
+from coaug_trl.augmentation.folder import AugmentedCollection, compose
 from coaug_trl.data import vocabulary_gap
-from coaug_trl.evaluation import (
-    compare,
-    compose,
-    evaluate_run,
-    evaluation_manifest,
-    judged_texts,
-    retrieve,
-    save_evaluation,
-)
-from coaug_trl.files import write_json
-from coaug_trl.policy import GenerationSettings, PolicySettings
-from coaug_trl.record import load_record
+from coaug_trl.evaluation.folder import evaluation_manifest, judged_texts, save_evaluation
+from coaug_trl.evaluation.measures import evaluate_run
+from coaug_trl.evaluation.significance import compare
+from coaug_trl.policy.settings import GenerationSettings, PolicySettings
+from coaug_trl.publishing.cards import draw_curves
+from coaug_trl.publishing.record import load_record
 from coaug_trl.retrieval import Retriever, make_retriever
+from coaug_trl.retrieval.base import retrieve
+from coaug_trl.utils.files import write_json
 
 
 MEASURE = "nDCG@10"

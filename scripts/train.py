@@ -7,7 +7,7 @@ accelerate launch --config_file recipes/accelerate_configs/single.yaml scripts/t
 
 import sys
 
-from coaug_trl.cli import main
+from coaug_trl.cli.main import main
 
 
 if __name__ == "__main__":

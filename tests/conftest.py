@@ -122,7 +122,7 @@ def collection(beir_folder):
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, collection) -> Path:
     """A chat model that often writes `<answer> … </answer>`."""
-    from coaug_trl.prompts import document_text
+    from coaug_trl.data.document import document_text
 
     texts = [document_text(document) for document in collection.corpus.values()] + list(collection.queries.values())
     folder = make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", texts * 3)
@@ -134,7 +134,7 @@ def coaug(capsys):
     """Runs the command in this process; returns its exit code and what it printed."""
 
     def run(*arguments):
-        from coaug_trl.cli import main
+        from coaug_trl.cli.main import main
 
         capsys.readouterr()
         try:

@@ -23,8 +23,11 @@ from conftest import teach_answers
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from coaug_trl.cli import main
-from coaug_trl.memory import (
+from coaug_trl.cli.main import main
+from coaug_trl.data.document import document_text
+from coaug_trl.policy.settings import PolicySettings
+from coaug_trl.training.dry_run import TFLOPS, check_run, encoder_bytes
+from coaug_trl.training.memory import (
     GIB,
     Run,
     empty_model,
@@ -34,10 +37,7 @@ from coaug_trl.memory import (
     read_architecture,
     training_flops,
 )
-from coaug_trl.plan import TFLOPS, check_run, encoder_bytes
-from coaug_trl.policy import PolicySettings
-from coaug_trl.prompts import document_text
-from coaug_trl.train import parse_arguments
+from coaug_trl.training.recipe import parse_arguments
 
 
 ROOT = Path(__file__).parent.parent

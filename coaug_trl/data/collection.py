@@ -10,27 +10,9 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..errors import InputError
-from .loaders import Judgment, Row, Source, open_source
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """
-    A document of the corpus.
-
-    Args:
-        id (`str`):
-            Its id.
-        title (`str`):
-            Its title, `""` where there is none.
-        text (`str`):
-            Its text without the title.
-    """
-
-    id: str
-    title: str
-    text: str
+from ..utils.errors import InputError
+from .document import Document
+from .sources import Judgment, Row, Source, open_source
 
 
 @dataclass

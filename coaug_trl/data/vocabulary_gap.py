@@ -10,7 +10,7 @@ from itertools import combinations
 
 import numpy as np
 
-from .collection import Document
+from .document import Document
 
 
 # Concept: three technical terms, as documents use them, and three lay terms, as queries use them.

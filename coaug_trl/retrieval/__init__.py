@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from ..utils.errors import InputError
 from .base import EncodedDocuments, Retriever, read_config
 from .bm25 import BM25Retriever
 

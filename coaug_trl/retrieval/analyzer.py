@@ -8,7 +8,7 @@ import Stemmer
 from bm25s import stopwords
 from bm25s.tokenization import Tokenized
 
-from ..errors import InputError
+from ..utils.errors import InputError
 
 
 # bm25s sets its own logger to DEBUG, and any application with a root handler would print all it says.

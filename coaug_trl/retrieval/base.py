@@ -9,10 +9,11 @@ from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
-from ..data import Document
-from ..errors import InputError
+from ..data.document import Document
+from ..utils.errors import InputError
 
 
+Run = dict[str, dict[str, float]]
 SCORE_CHUNK = 1 << 22  # scores held at a time: 32 MB in float64
 SAMPLE_EVERY = 16  # a larger sample costs more to sort, a smaller one leaves more
 
@@ -232,3 +233,36 @@ def unique_ids(documents: list["Document"]) -> list[str]:
     if repeated:
         raise InputError(f"Document id {repeated[0]!r} occurs twice in the documents to index.")
     return document_ids
+
+
+def retrieve(retriever: Retriever, queries: dict[str, str], k: int = 1000, ignore_identical_ids: bool = False) -> Run:
+    """
+    Searches for every query.
+
+    Args:
+        retriever ([`~coaug_trl.retrieval.base.Retriever`]):
+            With an index.
+        queries (`dict[str, str]`):
+            Texts to search for, by query id.
+        k (`int`, *optional*, defaults to `1000`):
+            The most hits a query gets.
+        ignore_identical_ids (`bool`, *optional*, defaults to `False`):
+            Whether to leave out a hit with the id of the query, and take the next one instead. For collections whose
+            queries are documents of the corpus, such as ArguAna and Quora, where each would find itself first; BEIR's
+            own evaluation does the same.
+
+    Returns:
+        `dict[str, dict[str, float]]`: query id to document id to score, best first. A query that finds nothing has an
+        empty dictionary.
+
+    Raises:
+        `InputError`: `k` is less than 1.
+    """
+    check_depth(k)
+    run = {}
+    found = retriever.search(list(queries.values()), k + ignore_identical_ids)
+    for query_id, hits in zip(queries, found, strict=True):
+        if ignore_identical_ids:
+            hits = [hit for hit in hits if hit[0] != query_id][:k]
+        run[query_id] = dict(hits)
+    return run

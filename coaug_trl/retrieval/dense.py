@@ -14,10 +14,9 @@ import numpy as np
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from ..data import Document
-from ..errors import InputError
-from ..files import write_json
-from ..prompts import document_text
+from ..data.document import Document, document_text
+from ..utils.errors import InputError
+from ..utils.files import write_json
 from .base import Retriever, check_depth, check_settings, read_config, select_nearest, unique_ids
 
 

@@ -3,8 +3,8 @@
 from collections import Counter
 from typing import Any
 
-from ..data import Document
-from ..errors import InputError
+from ..data.document import Document
+from ..utils.errors import InputError
 from .base import check_depth
 from .bm25 import FIELDS, BM25Retriever
 

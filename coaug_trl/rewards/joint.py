@@ -2,123 +2,22 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from accelerate import PartialState
 
-from ..data import Collection, Document
-from ..distributed import run_together
-from ..groups import Group
-from ..prompts import PromptSet, extract_answer
+from ..data.collection import Collection
+from ..data.groups import Group
+from ..policy.prompts import PromptSet, extract_answer
 from ..retrieval import EncodedDocuments, Retriever
-from .extra import describe_batch
+from ..utils.distributed import run_together
 from .ndcg import divide_document_rewards, exact_ndcg, ideal_dcg, sampled_ndcg, sum_document_rewards
+from .pool import Column, Corpus, Pool, Rollouts
+from .together import describe_batch
 
 
 if TYPE_CHECKING:
-    from ..config import CoAugConfig
-
-
-# (group position, document id, rollout)
-Column = tuple[int, str, int]
-
-
-@dataclass
-class Rollouts:
-    """
-    The composed texts of some groups. Texts that are not augmented have one rollout.
-
-    Args:
-        rows (`list[tuple[int, str, int]]`):
-            Group position, query id and rollout of each query rollout.
-        queries (`list[str]`):
-            Their texts.
-        columns (`list[tuple[int, str, int]]`):
-            Group position, document id and rollout of each document rollout.
-        documents ([`~coaug_trl.retrieval.base.EncodedDocuments`]):
-            The document rollouts as the retriever reads them.
-        originals ([`~coaug_trl.retrieval.base.EncodedDocuments`], *optional*):
-            The documents without augmentation, each once, where the retriever's statistics follow the rollouts.
-        original_ids (`list[str]`, *optional*):
-            Their ids.
-    """
-
-    rows: list[tuple[int, str, int]]
-    queries: list[str]
-    columns: list[Column]
-    documents: EncodedDocuments
-    originals: EncodedDocuments | None = None
-    original_ids: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Pool:
-    """
-    The documents that compete, each once, in an order that knows nothing of relevance.
-
-    Args:
-        document_ids (`list[str]`):
-            Ids of the `D` documents.
-        columns (`list[tuple[int, str, int]]`):
-            The `C` document rollouts, those of a document together.
-        rollout_document (`np.ndarray` of shape `(C,)`):
-            Index of each column's document.
-        places (`np.ndarray` of shape `(C,)`):
-            Where each column stands among the rollouts that were merged.
-    """
-
-    document_ids: list[str]
-    columns: list[Column]
-    rollout_document: np.ndarray
-    places: np.ndarray
-
-    @classmethod
-    def merge(cls, columns: list[Column], verbatim: bool, order: Callable[[list[str]], list[str]]) -> "Pool":
-        """Merges the rollouts of documents that several groups drew; if `verbatim`, all of them are the same text."""
-        places = defaultdict(list)
-        for place, (_, document_id, _) in enumerate(columns):
-            if not (verbatim and document_id in places):
-                places[document_id].append(place)
-        document_ids = order(sorted(places))
-        in_order = [place for document_id in document_ids for place in places[document_id]]
-        return cls(
-            document_ids=document_ids,
-            columns=[columns[place] for place in in_order],
-            rollout_document=np.repeat(np.arange(len(places)), [len(places[id_]) for id_ in document_ids]),
-            places=np.array(in_order),
-        )
-
-
-class Corpus:
-    """
-    All documents, each with the one text it has while it is not in the batch, in a seeded order that knows nothing of
-    relevance and decides between equal scores.
-
-    Every process encodes its share of the documents.
-
-    Args:
-        documents (`list[Document]`):
-            The documents.
-        retriever ([`~coaug_trl.retrieval.Retriever`]):
-            Encodes them.
-        seed (`int`):
-            Seed of the order.
-    """
-
-    def __init__(self, documents: list[Document], retriever: Retriever, seed: int):
-        order = np.random.default_rng(seed).permutation(len(documents))
-        self.document_ids = [documents[index].id for index in order]
-        self.place = {document_id: place for place, document_id in enumerate(self.document_ids)}
-        state = PartialState()
-        share = np.array_split(order, state.num_processes)[state.process_index]
-        own, shares = run_together(retriever.encode, [documents[index] for index in share], True)
-        self.documents = own.concatenate(shares)
-
-    def order(self, document_ids: list[str]) -> list[str]:
-        """Some of the documents, in the order of all."""
-        return sorted(document_ids, key=self.place.__getitem__)
+    from ..training.config import CoAugConfig
 
 
 class JointReward:

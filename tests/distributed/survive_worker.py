@@ -18,9 +18,9 @@ from transformers import TrainerCallback
 from two_processes_worker import FailsOnTheSecondProcess, equal, weights
 
 from coaug_trl import CoAugConfig, CoAugTrainer, Collection, InputError
-from coaug_trl.errors import TrainingStopped
-from coaug_trl.prompts import PromptSet
+from coaug_trl.policy.prompts import PromptSet
 from coaug_trl.retrieval import BM25Retriever
+from coaug_trl.utils.errors import TrainingStopped
 
 
 class OnTheSecondProcess(TrainerCallback):

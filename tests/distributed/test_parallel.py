@@ -15,8 +15,8 @@ from test_trainer import DEFAULTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from coaug_trl import Augmenter
-from coaug_trl.policy import PolicySettings
-from coaug_trl.prompts import document_text
+from coaug_trl.data.document import document_text
+from coaug_trl.policy.settings import PolicySettings
 
 
 FOLDER = Path(__file__).parent

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from test_trainer import DEFAULTS, PROMPT_SET, assert_equal_weights, saved_weights
 
-from coaug_trl.checkpoints import last_whole_checkpoint
+from coaug_trl.training.checkpoints import last_whole_checkpoint
 
 
 FOLDER = Path(__file__).parent

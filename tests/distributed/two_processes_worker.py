@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from transformers import TrainerState
 
 from coaug_trl import BM25Retriever, CoAugConfig, CoAugTrainer, Collection, DenseRetriever, PromptSet
-from coaug_trl.groups import Group
-from coaug_trl.rewards.joint import Corpus, JointReward
+from coaug_trl.data.groups import Group
+from coaug_trl.rewards.joint import JointReward
+from coaug_trl.rewards.pool import Corpus
 
 
 class RecordingTrainer(CoAugTrainer):

@@ -21,7 +21,7 @@ pytest.importorskip("vllm")
 from conftest import make_tiny_model, teach_answers  # noqa: E402
 
 from coaug_trl import PromptSet  # noqa: E402
-from coaug_trl.prompts import document_text  # noqa: E402
+from coaug_trl.data.document import document_text  # noqa: E402
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "augment.py"

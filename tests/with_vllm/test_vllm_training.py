@@ -17,7 +17,7 @@ pytest.importorskip("vllm")
 
 from conftest import make_tiny_model, teach_answers  # noqa: E402
 
-from coaug_trl.prompts import document_text  # noqa: E402
+from coaug_trl.data.document import document_text  # noqa: E402
 
 
 WORKER = Path(__file__).parent / "colocate_worker.py"

@@ -1,0 +1,1 @@
+"""Augmenting queries and corpora, and the folder that keeps the answers."""

@@ -1,0 +1,1 @@
+"""What generates: transformers, vLLM, or a server."""

@@ -1,0 +1,107 @@
+"""`coaug train`, and what `accelerate launch scripts/train.py` runs."""
+
+import logging
+
+from accelerate import PartialState
+
+from ..training.checkpoints import check_checkpoint, last_whole_checkpoint, saving
+from ..training.config import CoAugConfig
+from ..training.dry_run import print_plan
+from ..training.recipe import given_checkpoint, make_parts, make_trainer, parse_arguments, set_up_logging
+from ..training.trackers import check_trackers
+from ..training.trainer import CoAugTrainer
+from ..utils.errors import InputError, TrainingStopped
+from ..utils.terminal import describe_seconds, show
+
+
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """
+    Trains a policy.
+
+    Args:
+        arguments (`list[str]`, *optional*):
+            Command line: `--config RECIPE` and fields of [`CoAugScriptArguments`], [`~coaug_trl.CoAugConfig`] and
+            [`trl.ModelConfig`], which go before those of the recipe. Defaults to that of the process.
+
+    Raises:
+        `InputError`: A setting or an input file has to be mended.
+        `TrainingStopped`: The run has gone wrong.
+        `SystemExit`: It was interrupted and has saved a checkpoint.
+    """
+    set_up_logging()
+    script_args, training_args, model_args = parse_arguments(arguments)
+    check_trackers(training_args.report_to)
+    given = given_checkpoint(training_args)
+    if given:
+        check_checkpoint(given)
+
+    if script_args.dry_run:
+        parts = make_parts(script_args, training_args, model_args)
+        if PartialState().is_main_process:
+            print_plan(script_args, training_args, model_args, *parts)
+        return
+
+    trainer = make_trainer(script_args, training_args, model_args)
+
+    ###########
+    # Train, from the last whole checkpoint if there is one
+    ###########
+    checkpoint = given or last_whole_checkpoint(training_args.output_dir)
+    if checkpoint:
+        logger.warning(f"Resuming from {checkpoint}. To start afresh, choose another output_dir.")
+    try:
+        train_result = trainer.train(resume_from_checkpoint=checkpoint)
+    except (TrainingStopped, SystemExit) as stop:  # on all processes together; the model is not that of a whole run
+        if isinstance(stop, TrainingStopped):
+            trainer.save_state()  # what was logged until then
+        trainer.accelerator.end_training()
+        raise
+    metrics = dict(train_result.metrics)
+    trainer.save_metrics("train", train_result.metrics)
+    trainer.save_state()
+
+    ###########
+    # Save, evaluate on the dev split
+    ###########
+    with saving(training_args.output_dir, training_args.output_dir):
+        trainer.save_model(training_args.output_dir, _internal_call=True)  # it is pushed when it is evaluated
+    if trainer.eval_collection is not None:
+        evaluated = trainer.evaluate()
+        metrics |= evaluated
+        trainer.save_metrics("eval", evaluated)
+        trainer.save_state()  # with this evaluation, which the card shows
+    if training_args.push_to_hub:
+        push(trainer)
+    if trainer.is_world_process_zero():
+        show(metrics | {"folder": training_args.output_dir}, describe_run(trainer.state.log_history, training_args))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # processes that leave without it may abort when all is done
+
+
+def push(trainer: CoAugTrainer) -> None:
+    """Pushes a run that has ended; what fails can be made up for without training again."""
+    try:
+        trainer.push_to_hub()
+    except InputError as error:
+        again = f"coaug push {trainer.args.output_dir} --repo_id {trainer.hub_model_id}"
+        raise InputError(f"The policy is trained and saved, but not pushed; {again} goes on. {error}") from error
+
+
+def describe_run(history: list[dict], args: CoAugConfig) -> str:
+    """What a run that has ended did, in a few lines."""
+    lines = []
+    for name, label in (("reward", "reward"), (f"eval_nDCG@{args.ndcg_k}", f"dev nDCG@{args.ndcg_k}")):
+        curve = [(entry[name], entry["step"]) for entry in history if name in entry]
+        if curve:
+            best, step = max(curve, key=lambda point: point[0])  # the first of equals, as a checkpoint is chosen
+            lines.append(f"{label}: {curve[0][0]:.4f} → {curve[-1][0]:.4f}, at best {best:.4f} at step {step:,}")
+    last = {name: value for entry in history for name, value in entry.items()}
+    cost = [f"{last['step']:,} optimizer steps"]
+    if "num_tokens" in last:
+        cost.append(f"{last['num_tokens']:,.0f} tokens read and generated")
+    if "train_runtime" in last:
+        cost.append(describe_seconds(last["train_runtime"]))
+    return "\n".join([*lines, ", ".join(cost), f"policy: {args.output_dir}"])

@@ -1,0 +1,1 @@
+"""Measures, significance, evaluation folders, comparisons and baselines."""

@@ -1,0 +1,193 @@
+"""Examples of what two systems made of a query and of a document relevant to it, with the words both share marked."""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import ir_measures
+from tqdm.auto import tqdm
+
+from ..retrieval.analyzer import Analyzer
+from ..utils.errors import InputError
+from .folder import TEXTS_FILE
+
+
+TEXT_WORDS = 40
+AUGMENTATION_WORDS = 60
+
+
+class Piece(NamedTuple):
+    """A stretch of text; `shared` where it is a word that the other text has, too."""
+
+    text: str
+    shared: bool
+
+
+class Side(NamedTuple):
+    """A query or a document as one system has it."""
+
+    text: list[Piece]
+    augmentation: list[Piece]
+
+
+class Example(NamedTuple):
+    """
+    A query whose value changed, with the relevant document whose part in the DCG changed most in the same direction.
+
+    Args:
+        query_id (`str`):
+            Id of the query.
+        values (`tuple[float, float]`):
+            Value of the first system and of the last.
+        document_id (`str`):
+            Id of the document.
+        ranks (`tuple[int | None, int | None]`):
+            Its rank for the first system and for the last, from 1; `None` where it was not found.
+        sides (`list[tuple[Side, Side]]`):
+            Query and document, for the first system and for the last.
+    """
+
+    query_id: str
+    values: tuple[float, float]
+    document_id: str
+    ranks: tuple[int | None, int | None]
+    sides: list[tuple[Side, Side]]
+
+
+def stems(analyzer: Analyzer, text: str) -> set[str]:
+    """The terms of a text."""
+    (terms,) = analyzer.terms([text])
+    return set(terms)
+
+
+def mark(analyzer: Analyzer, text: str, shared: set[str], length: int) -> list[Piece]:
+    """Cuts a text to `length` words separated by blanks, and that into pieces by whether a term is in `shared`."""
+    # control characters of a document would steer the terminal that shows it
+    words = re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split()
+    shown = " ".join(words[:length]) + (" …" if len(words) > length else "")
+    pieces, end = [], 0
+    for word in re.finditer(analyzer.word, shown):
+        if shared & stems(analyzer, word.group()):
+            pieces += [Piece(shown[end : word.start()], False), Piece(word.group(), True)]
+            end = word.end()
+    pieces.append(Piece(shown[end:], False))
+    return [piece for piece in pieces if piece.text]
+
+
+def read_examples(
+    folders: Sequence[str | Path], changes: Iterable[tuple[str, float, float]], languages: Sequence[str]
+) -> list[Example]:
+    """
+    Reads examples from the evaluation folders of two systems.
+
+    Args:
+        folders (`Sequence[str | Path]`):
+            Those of the first system and of the last, with `texts.jsonl`.
+        changes (`Iterable[tuple[str, float, float]]`):
+            Query id, value of the first system and value of the last.
+        languages (`Sequence[str]`):
+            Language of each system's BM25 analyzer, which says what the same word is.
+
+    Returns:
+        `list[Example]`: one a query, in the order given, where both folders have its text and that of a document
+        relevant to it.
+
+    Raises:
+        `InputError`: a file is damaged.
+    """
+    changes = list(changes)
+    query_ids = {query_id for query_id, _, _ in changes}
+    folders = [Path(folder) for folder in folders]
+    relevant = read_relevant(folders[0] / "qrels.trec", query_ids)
+    ranks = [read_ranks(folder / "run.trec", query_ids) for folder in folders]
+    wanted = {("query", query_id) for query_id in query_ids}
+    wanted |= {("document", document_id) for grades in relevant.values() for document_id in grades}
+    texts = [read_texts(folder / TEXTS_FILE, wanted) for folder in folders]
+    analyzers = [Analyzer(language) for language in languages]
+
+    examples = []
+    for query_id, *values in changes:
+        documents = [
+            document_id
+            for document_id in relevant.get(query_id, {})
+            if all(("document", document_id) in table for table in texts)
+        ]
+        if not documents or not all(("query", query_id) in table for table in texts):
+            continue
+        direction = math.copysign(1, values[1] - values[0])
+        first, last = (table.get(query_id, {}) for table in ranks)
+        document_id = max(
+            documents,
+            key=lambda id_: (
+                direction * relevant[query_id][id_] * (_discount(last.get(id_)) - _discount(first.get(id_)))
+            ),
+        )
+        sides = [
+            _mark_shared(analyzer, table["query", query_id], table["document", document_id])
+            for analyzer, table in zip(analyzers, texts, strict=True)
+        ]
+        examples.append(
+            Example(query_id, tuple(values), document_id, (first.get(document_id), last.get(document_id)), sides)
+        )
+    return examples
+
+
+def _discount(rank: int | None) -> float:
+    return 1 / math.log2(rank + 1) if rank else 0.0
+
+
+def _mark_shared(analyzer: Analyzer, *texts: tuple[str, str]) -> tuple[Side, ...]:
+    shared = set.intersection(*(stems(analyzer, "\n".join(text)) for text in texts))
+    return tuple(
+        Side(mark(analyzer, text, shared, TEXT_WORDS), mark(analyzer, augmentation, shared, AUGMENTATION_WORDS))
+        for text, augmentation in texts
+    )
+
+
+def read_relevant(path: str | Path, query_ids: set[str]) -> dict[str, dict[str, int]]:
+    """The grades above 0 in a TREC file of judgments: query id to document id to grade, of these queries only."""
+    relevant = {}
+    for qrel in _read_trec(path, ir_measures.read_trec_qrels):
+        if qrel.query_id in query_ids and qrel.relevance > 0:
+            relevant.setdefault(qrel.query_id, {})[qrel.doc_id] = qrel.relevance
+    return relevant
+
+
+def read_ranks(path: str | Path, query_ids: set[str]) -> dict[str, dict[str, int]]:
+    """Ranks in a run file that lists the best first: query id to document id to rank, of these queries only."""
+    ranks = {}
+    for hit in _read_trec(path, ir_measures.read_trec_run):
+        if hit.query_id in query_ids:
+            ranked = ranks.setdefault(hit.query_id, {})
+            ranked[hit.doc_id] = len(ranked) + 1
+    return ranks
+
+
+def _read_trec(path: str | Path, read) -> Iterable[ir_measures.Qrel | ir_measures.ScoredDoc]:
+    with open(path, encoding="utf-8") as file:
+        try:
+            yield from tqdm(read(file), desc=f"Reading {Path(path).name}", delay=2, leave=False)
+        except ValueError as error:
+            raise InputError(f"{path}: not a TREC file ({error}); evaluate again.") from None
+
+
+def read_texts(path: str | Path, wanted: set[tuple[str, str]]) -> dict[tuple[str, str], tuple[str, str]]:
+    """Text and augmentation, by (`"query"` or `"document"`, id), of those wanted."""
+    texts = {}
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+                type_, text_id, *both = (row[name] for name in ("type", "_id", "text", "augmentation"))
+                if not all(isinstance(value, str) for value in (type_, text_id, *both)):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError):
+                raise InputError(
+                    f"{path}, line {number}: not a row of _id, type, text and augmentation; evaluate again."
+                ) from None
+            if (type_, text_id) in wanted:
+                texts[type_, text_id] = tuple(both)
+    return texts

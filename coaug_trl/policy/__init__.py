@@ -1,0 +1,1 @@
+"""What training and use share: prompts, settings, fingerprints, downloads."""

@@ -1,0 +1,1 @@
+"""Cards, reports and uploads of what a run has left."""

@@ -1,0 +1,267 @@
+"""A report as a page of HTML and as Markdown: what it is made of, and how that is written."""
+
+import re
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import ClassVar
+
+from ..evaluation.comparison import EXAMPLE_FORMATS, FORMATS, Cell, Table, escape_markdown
+from ..evaluation.examples import Example
+from ..utils.files import atomic_open
+
+
+HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
+# Letters of a row, and rows with the header, of a table that never scrolls.
+NARROW, SHORT = 28, 10
+
+
+# What a report is made of
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """A sentence or a few."""
+
+    kind: ClassVar[str] = "paragraph"
+    text: str
+
+
+@dataclass(frozen=True)
+class Hint:
+    """What is missing, and the command that makes it."""
+
+    kind: ClassVar[str] = "hint"
+    text: str
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A few values between 0 and 1, and where they come from."""
+
+    kind: ClassVar[str] = "bars"
+    measure: str
+    title: str
+    rows: list[tuple[str, float]]
+    source: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names and values."""
+
+    kind: ClassVar[str] = "facts"
+    rows: list[tuple[str, str]]
+    source: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A table."""
+
+    kind: ClassVar[str] = "numbers"
+    table: Table
+    source: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart, a line on what it shows, and its numbers, which Markdown has in its place."""
+
+    kind: ClassVar[str] = "figure"
+    title: str
+    note: str
+    svg: str
+    table: Table
+    source: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Charts beside each other, in as many columns as there is room for, or two."""
+
+    kind: ClassVar[str] = "figures"
+    figures: list[Figure]
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Verbatim:
+    """A text as it is."""
+
+    kind: ClassVar[str] = "verbatim"
+    text: str
+    source: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What not everyone wants to see."""
+
+    kind: ClassVar[str] = "fold"
+    title: str
+    blocks: list["Block"]
+
+
+@dataclass(frozen=True)
+class Cases:
+    """What two systems made of some queries and of a document relevant to each."""
+
+    kind: ClassVar[str] = "cases"
+    title: str
+    measure: str
+    names: tuple[str, str]
+    examples: list[Example]
+    source: tuple[str, ...]
+
+
+Block = Paragraph | Hint | Bars | Facts | Numbers | Figure | Figures | Verbatim | Fold | Cases
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report under a heading; `name` is what links call it."""
+
+    name: str
+    title: str
+    blocks: list[Block]
+
+
+@dataclass(frozen=True)
+class Report:
+    """
+    A report, ready to be written.
+
+    Args:
+        title (`str`):
+            Its heading.
+        subtitle (`str`):
+            Which run it is about.
+        headline (`list[str]`):
+            The main result in a few sentences.
+        bars (`Bars` or `None`):
+            Its values.
+        hints (`list[Hint]`):
+            What the main result lacks.
+        sections (`list[Section]`):
+            The rest.
+        notes (`list[str]`):
+            What was left out.
+    """
+
+    title: str
+    subtitle: str
+    headline: list[str]
+    bars: Bars | None
+    hints: list[Hint]
+    sections: list[Section]
+    notes: list[str]
+
+
+# Writing
+
+
+def save_report(report: Report, folder: str | Path) -> list[Path]:
+    """
+    Writes a report as `report.html` and `report.md`.
+
+    Args:
+        report ([`Report`]):
+            The report.
+        folder (`str` or `Path`):
+            Where to; made if it is not there.
+
+    Returns:
+        `list[Path]`: the two files.
+    """
+    paths = [Path(folder) / HTML_FILE, Path(folder) / MARKDOWN_FILE]
+    for path, content in zip(paths, (render_html(report), render_markdown(report)), strict=True):
+        with atomic_open(path) as file:
+            file.write(content)
+    return paths
+
+
+def render_html(report: Report) -> str:
+    """The page; all text in it is escaped, and only charts go in as they are."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: _clean(value) if type(value) is str else value,
+    )
+    environment.filters["chart"] = Markup
+    environment.filters["may_scroll"] = _may_scroll
+    template = resources.files(__package__).joinpath("templates", "report.html.jinja").read_text(encoding="utf-8")
+    return environment.from_string(template).render(report=report)
+
+
+def _may_scroll(table: Table) -> bool:
+    """Whether a table may be wider than a phone, or longer than the box of a figure's numbers."""
+    rows = [table.header, *([cell.text + cell.superscript for cell in row] for row in table.rows)]
+    letters = sum(max(len(row[column]) for row in rows) + 2 for column in range(len(table.header)))
+    return letters > NARROW or len(rows) > SHORT
+
+
+def _clean(text: str) -> str:
+    """Without what neither HTML nor Markdown can hold: control characters and halves of surrogate pairs."""
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", " ", text)
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def render_markdown(report: Report) -> str:
+    """The same in Markdown, with numbers in the place of charts."""
+    blocks = [f"# {_inline(report.title)}", _inline(report.subtitle), _inline(" ".join(report.headline))]
+    if report.bars:
+        blocks.append(_block(report.bars, 2))
+    blocks += [_block(hint, 2) for hint in report.hints]
+    for section in report.sections:
+        blocks += [f"## {_inline(section.title)}", *(_block(block, 3) for block in section.blocks)]
+    blocks += [f"Note: {_inline(note)}." for note in report.notes]
+    return _clean("\n\n".join(blocks)) + "\n"
+
+
+def _inline(text: str) -> str:
+    return escape_markdown(" ".join(text.split()))
+
+
+def _block(block: Block, level: int) -> str:
+    """A block in Markdown, its own headings of this level."""
+    heading = "#" * level
+    match block:
+        case Paragraph(text):
+            return _inline(text)
+        case Hint(text, command):
+            return f"> {_inline(text)}" + f" `{command}`" * bool(command)
+        case Bars(measure, title, rows, source):
+            cells = [[Cell(label), Cell(f"{value:.4f}")] for label, value in rows]
+            return _table(Table(title, ["system", measure], cells, left=1), source)
+        case Facts(rows, source):
+            return "\n".join(f"- **{name}:** {_inline(value)}" for name, value in rows) + f"\n\n{_from(source)}"
+        case Numbers(table, source):
+            return _table(table, source)
+        case Figure(title, note, _, table, source):
+            return "\n\n".join([f"{heading} {_inline(title)}", _inline(note), _table(table, source)])
+        case Figures(figures, _):
+            return "\n\n".join(_block(figure, level) for figure in figures)
+        case Verbatim(text, source):
+            fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text) or [""]))
+            return f"{fence}text\n{text.strip()}\n{fence}\n\n{_from(source)}"
+        case Fold(title, blocks):
+            return "\n\n".join([f"{heading} {_inline(title)}", *(_block(each, level + 1) for each in blocks)])
+        case Cases(title, measure, names, examples, source):
+            written = EXAMPLE_FORMATS["markdown"](measure, names, examples)
+            return f"{heading} {_inline(title)}\n\n{written}\n\n{_from(source)}"
+
+
+def _table(table: Table, source: tuple[str, ...]) -> str:
+    rows = [[cell._replace(text=" ".join(_clean(cell.text).split())) for cell in row] for row in table.rows]
+    return f"{FORMATS['markdown'](table._replace(rows=rows))}\n\n{_from(source)}"
+
+
+def _from(source: tuple[str, ...]) -> str:
+    return f"<sub>from {', '.join(map(_inline, source))}</sub>"

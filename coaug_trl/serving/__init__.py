@@ -1,0 +1,1 @@
+"""The index that serves a collection, and the demo."""

@@ -1,0 +1,383 @@
+"""The folder that serves a collection: its index, its documents as they are, and which policy may augment queries."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..augmentation.folder import compose
+from ..data.collection import Collection
+from ..policy.prompts import PROMPT_SET_FILE, PromptSet
+from ..policy.settings import GenerationSettings, PolicySettings, package_versions, retriever_differences
+from ..retrieval import Retriever, load_retriever
+from ..utils.errors import InputError
+from ..utils.files import write_json, write_jsonl
+from ..utils.terminal import note
+
+
+# A search without a policy does without torch.
+if TYPE_CHECKING:
+    from ..augmentation.augmenter import Augmenter
+    from ..augmentation.folder import AugmentedCollection
+
+MANIFEST = "manifest.json"
+DOCUMENTS_FILE = "documents.jsonl"
+# What an index must know of its augmentations.
+AUGMENTED_WITH = {"model", "revision", "prompt_hash", "generation", "retriever"}
+
+
+class Result(NamedTuple):
+    """
+    What a search found for one query.
+
+    Args:
+        query (`str`):
+            The query as it was asked.
+        augmentation (`str` or `None`):
+            What a policy added to it; `None` without a policy.
+        hits (`list[dict[str, Any]]`):
+            `rank`, `score`, `_id`, `title` and `text` of each hit, best first; texts are those of the collection.
+    """
+
+    query: str
+    augmentation: str | None
+    hits: list[dict[str, Any]]
+
+
+class Timing(NamedTuple):
+    """
+    How long the parts of a search took, in seconds.
+
+    Args:
+        augment (`float`):
+            Augmenting the query.
+        search (`float`):
+            Finding documents and reading their texts.
+    """
+
+    augment: float
+    search: float
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.augment + self.search
+
+
+@dataclass(frozen=True)
+class SearchIndex:
+    """
+    An indexed collection, in a folder.
+
+    Args:
+        folder (`Path`):
+            The folder.
+        manifest (`dict[str, Any]`):
+            What is indexed: collection, retriever, manifest of the augmentations if there are any, versions.
+        retriever ([`~coaug_trl.retrieval.Retriever`]):
+            With the index.
+        hub_id (`str`, *optional*):
+            Where on the Hub it is from.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    retriever: Retriever
+    hub_id: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What messages call it: its id on the Hub, or its folder."""
+        return self.hub_id or str(self.folder)
+
+    @classmethod
+    def build(
+        cls, collection: Collection, augmented: "AugmentedCollection | None", retriever: Retriever, folder: str | Path
+    ) -> "SearchIndex":
+        """
+        Indexes a collection into a folder; one that holds an index gets this one instead.
+
+        Args:
+            collection ([`~coaug_trl.Collection`]):
+                Its documents.
+            augmented ([`~coaug_trl.augmentation.folder.AugmentedCollection`] or `None`):
+                What is added to them.
+            retriever ([`~coaug_trl.retrieval.Retriever`]):
+                Makes the index.
+            folder (`str` or `Path`):
+                The folder.
+
+        Raises:
+            `InputError`: The folder holds something else, or the retriever cannot index the documents.
+        """
+        folder = Path(folder)
+        refuse_other_content(folder)
+        _, documents = compose(collection, augmented, retriever)
+        retriever.index(documents)
+        manifest = {
+            "finished": False,
+            "collection": collection.name,
+            "num_documents": len(collection.corpus),
+            "retriever": retriever.config,
+            "augmentations": augmented.manifest if augmented else None,
+            "versions": package_versions(),
+        }
+        # Until the last line the manifest says that the index is not finished, also where it replaces another.
+        write_json(folder / MANIFEST, manifest)
+        (folder / PROMPT_SET_FILE).unlink(missing_ok=True)
+        retriever.save(folder)
+        # The documents as they are, not as they are indexed: a search shows what its user knows of the collection.
+        write_jsonl(
+            folder / DOCUMENTS_FILE,
+            (
+                {"_id": document.id, "title": document.title, "text": document.text}
+                for document in collection.corpus.values()
+            ),
+        )
+        if augmented:
+            augmented.prompt_set.save(folder)
+        manifest |= {"finished": True}
+        write_json(folder / MANIFEST, manifest)
+        return cls(folder, manifest, retriever)
+
+    @classmethod
+    def load(cls, name: str | Path, revision: str | None = None) -> "SearchIndex":
+        """
+        Reads an index that [`build`] made.
+
+        Args:
+            name (`str` or `Path`):
+                Its folder, or where `coaug push` put it on the Hub.
+            revision (`str`, *optional*):
+                Revision on the Hub.
+
+        Returns:
+            [`SearchIndex`]: the index.
+
+        Raises:
+            `InputError`: There is no finished index, or a file is damaged.
+        """
+        folder = Path(name)
+        if not folder.is_dir():
+            from ..policy.download import index_folder  # a search of a local index starts faster without
+
+            folder = index_folder(name, revision)
+        manifest = _read_manifest(folder)
+        if not manifest.get("finished"):
+            fault = "the index was begun but not finished" if "finished" in manifest else "there is no index"
+            raise InputError(f"{name}: {fault}; make it with coaug index.")
+        _check_manifest(manifest, name)
+        retriever = load_retriever(folder)
+        if different := retriever_differences(manifest["retriever"], retriever.config):
+            raise InputError(
+                f"{name}: {MANIFEST} and retriever.json differ in {', '.join(different)}; index the collection again."
+            )
+        return cls(folder, manifest, retriever, hub_id=None if folder == Path(name) else str(name))
+
+    def augmenter(self, model: str) -> "Augmenter":
+        """
+        Loads a policy that augments queries for this index, with the prompts its documents were augmented with.
+
+        Args:
+            model (`str`):
+                Folder or Hub id.
+
+        Returns:
+            [`~coaug_trl.Augmenter`]: the policy. A note on standard error says if another one augmented the documents.
+
+        Raises:
+            `InputError`: There is no such model, or its prompts or retriever are not those of the index.
+        """
+        from ..augmentation.augmenter import Augmenter
+        from ..policy.download import policy_folder
+
+        made_with = self.manifest["augmentations"]
+        trained = PolicySettings.load(policy_folder(model))
+        if trained:
+            prompt_set, generation = trained.prompt_set, trained.generation
+            theirs, ours = trained.retriever, self.retriever.config
+            if theirs and (names := retriever_differences(theirs, ours)):
+                differences = ", ".join(
+                    f"{name} is {theirs.get(name)} for the policy and {ours.get(name)} for the index" for name in names
+                )
+                raise InputError(
+                    f"The policy {model} and the index {self.name} differ in their retriever: {differences}; "
+                    "index the collection with the settings of the policy."
+                )
+        elif made_with:
+            prompt_set, generation = PromptSet.load(self.folder), GenerationSettings(**made_with["generation"])
+        else:
+            prompt_set, generation = PromptSet.default(self.retriever.kind), GenerationSettings()
+        if made_with and asdict(generation) != made_with["generation"]:
+            ours, theirs = asdict(generation), made_with["generation"]
+            differences = ", ".join(
+                f"{name} is {ours.get(name)} for the queries and {theirs.get(name)} for the documents"
+                for name in ours | theirs
+                if ours.get(name) != theirs.get(name)
+            )
+            raise InputError(
+                f"The documents of {self.name} were not augmented with the generation settings of {model}: "
+                f"{differences}. Augment and index the collection with this model."
+            )
+        if made_with and prompt_set.hash != made_with["prompt_hash"]:
+            differences = ", ".join(prompt_set.differences(PromptSet.load(self.folder)))
+            raise InputError(
+                f"{model} has the prompt set {prompt_set.hash}, but the documents of {self.name} were augmented with "
+                f"{made_with['prompt_hash']}; they differ in {differences}. Augment and index the collection with "
+                "this model."
+            )
+        if prompt_set.kind != self.retriever.kind:
+            raise InputError(
+                f"{model} has prompts for {prompt_set.kind} retrievers, and the retriever of {self.name} is "
+                f"{self.retriever.kind}."
+            )
+        augmenter = Augmenter.from_pretrained(model, prompt_set, generation)
+        if made_with and augmenter.revision != made_with["revision"]:
+            note(
+                f"the queries are augmented by {augmenter.name} ({augmenter.revision}), the documents were by "
+                f"{made_with['model']} ({made_with['revision']}); only one model for both sides has agreed on its "
+                "words"
+            )
+        return augmenter
+
+    def search(self, queries: Sequence[str], k: int = 10, augmenter: "Augmenter | None" = None) -> list[Result]:
+        """
+        Searches for queries.
+
+        Args:
+            queries (`Sequence[str]`):
+                Query texts.
+            k (`int`, *optional*, defaults to `10`):
+                The most hits a query gets.
+            augmenter ([`~coaug_trl.Augmenter`], *optional*):
+                What [`augmenter`] loaded; without it queries are searched for as they are.
+
+        Returns:
+            `list[Result]`: one for each query.
+
+        Raises:
+            `InputError`: The folder lacks a document that was found.
+        """
+        return self._find(queries, self._answers(queries, augmenter), k, augmenter)
+
+    def search_timed(
+        self, queries: Sequence[str], k: int = 10, augmenter: "Augmenter | None" = None
+    ) -> tuple[list[Result], list[Timing]]:
+        """
+        Searches for queries one at a time, as they come to a server, and measures how long each takes.
+
+        Args:
+            queries (`Sequence[str]`):
+                As in [`search`].
+            k (`int`, *optional*, defaults to `10`):
+                Likewise.
+            augmenter ([`~coaug_trl.Augmenter`], *optional*):
+                Likewise.
+
+        Returns:
+            `tuple[list[Result], list[Timing]]`: one each for each query.
+        """
+        results, timings = [], []
+        for query in queries:
+            start = time.perf_counter()
+            answers = self._answers([query], augmenter)
+            augmented = time.perf_counter()
+            results += self._find([query], answers, k, augmenter)
+            timings.append(Timing(augmented - start, time.perf_counter() - augmented))
+        return results, timings
+
+    def documents(self, ids: set[str]) -> dict[str, dict[str, Any]]:
+        """
+        Reads documents as they are, not as they are indexed.
+
+        Args:
+            ids (`set[str]`):
+                Their ids.
+
+        Returns:
+            `dict[str, dict[str, Any]]`: `_id`, `title` and `text` by id.
+
+        Raises:
+            `InputError`: The folder lacks one.
+        """
+        return _read_documents(self.folder / DOCUMENTS_FILE, ids)
+
+    def _answers(self, queries: Sequence[str], augmenter: "Augmenter | None") -> list[str | None]:
+        if augmenter is None:
+            return [None] * len(queries)
+        return [augmentation.answer for augmentation in augmenter.generate("query", list(queries))]
+
+    def _find(
+        self, queries: Sequence[str], answers: list[str | None], k: int, augmenter: "Augmenter | None"
+    ) -> list[Result]:
+        texts = list(queries)
+        if augmenter:
+            compose_query = augmenter.settings.prompt_set.compose_query
+            texts = [compose_query(query, answer) for query, answer in zip(queries, answers, strict=True)]
+        found = self.retriever.search(texts, k)
+        documents = self.documents({id_ for hits in found for id_, _ in hits})
+        return [
+            Result(
+                query,
+                answer,
+                [{"rank": rank, "score": score} | documents[id_] for rank, (id_, score) in enumerate(hits, start=1)],
+            )
+            for query, answer, hits in zip(queries, answers, found, strict=True)
+        ]
+
+
+def refuse_other_content(folder: str | Path) -> None:
+    """Refuses a folder that holds something other than an index, such as the augmentations to be indexed."""
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and "finished" not in _read_manifest(folder):
+        raise InputError(f"{folder} holds something other than an index; choose another folder.")
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an index, or an empty dictionary if there is none that can be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def _check_manifest(manifest: dict[str, Any], name: str | Path) -> None:
+    """Refuses a finished manifest that is not as [`SearchIndex.build`] writes it."""
+    made_with, retriever = manifest.get("augmentations"), manifest.get("retriever")
+    whole = (
+        isinstance(manifest.get("collection"), str)
+        and isinstance(manifest.get("num_documents"), int)
+        and isinstance(retriever, dict)
+        and "augmentations" in manifest
+        and (
+            made_with is None
+            or isinstance(made_with, dict)
+            and made_with.keys() >= AUGMENTED_WITH
+            and isinstance(made_with["generation"], dict)
+        )
+    )
+    if not whole:
+        raise InputError(f"{name}: {MANIFEST} is damaged; index the collection again.")
+
+
+def _read_documents(path: Path, ids: set[str]) -> dict[str, dict[str, Any]]:
+    """The documents with these ids; the others of a large collection are not kept in memory."""
+    # Only the lines that are wanted are parsed, by how they begin; no id holds a blank.
+    beginnings = {json.dumps({"_id": id_}, ensure_ascii=False)[:-1].encode() for id_ in ids}
+    documents = {}
+    with open(path, "rb") as file:
+        for line in file:
+            if line.partition(b', "title": ')[0] in beginnings:
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    break
+                documents[row["_id"]] = row
+                if len(documents) == len(ids):
+                    break
+    if len(documents) < len(ids):
+        raise InputError(f"{path} is damaged: a document is missing; index the collection again.")
+    return documents

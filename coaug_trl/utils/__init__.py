@@ -1,0 +1,1 @@
+"""What every room uses: files, the terminal, tables, names, processes, charts."""

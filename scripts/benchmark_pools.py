@@ -81,7 +81,9 @@ def measure(folder: Path, repeats: int, seed: int) -> dict[str, float]:
         for pool, measured in seconds.items():
             measured.append(measure_batch(batch, candidate_pool=pool))
     # By themselves, since each batch changes the statistics that the next one is scored with.
-    running = [measure_batch(batch, candidate_pool="corpus", running_statistics=True) for batch in range(repeats + 1)]
+    running = [
+        measure_batch(batch, candidate_pool="corpus", bm25_statistics="running") for batch in range(repeats + 1)
+    ]
     # The first batch also prepares the corpus for the statistics, once for as long as they stay.
     first = seconds["corpus"][0]
     medians = {pool: median(measured[1:]) for pool, measured in seconds.items()}

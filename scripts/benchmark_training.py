@@ -40,6 +40,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Train
 from trl import GRPOConfig, GRPOTrainer
 
 from coaug_trl import BM25Retriever, CoAugConfig, CoAugTrainer, Collection, PromptSet
+from coaug_trl.training.prompts import make_rows
 
 
 ROOT = Path(__file__).parent.parent
@@ -143,7 +144,8 @@ def make_trainers(model: str, folder: str, steps: int) -> dict[str, Timed]:
     args = CoAugConfig(f"{folder}/ours", **SETTINGS, **SHARED, per_device_train_batch_size=per_device, max_steps=steps)
     ours = TimedCoAugTrainer(model, args, collection, BM25Retriever(), prompt_set, processing_class=tokenizer)
     groups = [ours.train_dataset[position] for position in range(steps * SETTINGS["groups_per_batch"])]
-    rows, _ = ours._rows(groups)
+    given = (ours.train_collection, ours.prompt_set, ours.processing_class, ours.args.augment, ours.num_generations)
+    rows, _ = make_rows(groups, *given)
     args = GRPOConfig(
         f"{folder}/plain",
         **SHARED,

@@ -1,17 +1,29 @@
 """`coaug train`, and what `accelerate launch scripts/train.py` runs."""
 
 import logging
+import sys
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
 
 from accelerate import PartialState
+from transformers.integrations import TrackioCallback
 
+from ..publishing.publish import prepare_run, write_run_card
+from ..publishing.upload import push, reserve
 from ..training.checkpoints import check_checkpoint, last_whole_checkpoint, saving
 from ..training.config import CoAugConfig
 from ..training.dry_run import print_plan
-from ..training.recipe import given_checkpoint, make_parts, make_trainer, parse_arguments, set_up_logging
-from ..training.trackers import check_trackers
+from ..training.recipe import (
+    check_trackers,
+    given_checkpoint,
+    make_parts,
+    make_trainer,
+    parse_arguments,
+    set_up_logging,
+)
 from ..training.trainer import CoAugTrainer
 from ..utils.errors import InputError, TrainingStopped
-from ..utils.terminal import describe_seconds, show
+from ..utils.terminal import describe_seconds, is_json, show
 
 
 logger = logging.getLogger(__name__)
@@ -44,49 +56,63 @@ def main(arguments: list[str] | None = None) -> None:
             print_plan(script_args, training_args, model_args, *parts)
         return
 
-    trainer = make_trainer(script_args, training_args, model_args)
-
-    ###########
-    # Train, from the last whole checkpoint if there is one
-    ###########
-    checkpoint = given or last_whole_checkpoint(training_args.output_dir)
-    if checkpoint:
-        logger.warning(f"Resuming from {checkpoint}. To start afresh, choose another output_dir.")
-    try:
-        train_result = trainer.train(resume_from_checkpoint=checkpoint)
-    except (TrainingStopped, SystemExit) as stop:  # on all processes together; the model is not that of a whole run
-        if isinstance(stop, TrainingStopped):
-            trainer.save_state()  # what was logged until then
-        trainer.accelerator.end_training()
-        raise
-    metrics = dict(train_result.metrics)
-    trainer.save_metrics("train", train_result.metrics)
-    trainer.save_state()
-
-    ###########
-    # Save, evaluate on the dev split
-    ###########
-    with saving(training_args.output_dir, training_args.output_dir):
-        trainer.save_model(training_args.output_dir, _internal_call=True)  # it is pushed when it is evaluated
-    if trainer.eval_collection is not None:
-        evaluated = trainer.evaluate()
-        metrics |= evaluated
-        trainer.save_metrics("eval", evaluated)
-        trainer.save_state()  # with this evaluation, which the card shows
-    if training_args.push_to_hub:
-        push(trainer)
+    if training_args.push_to_hub:  # rather now than after the training
+        name = training_args.hub_model_id or Path(training_args.output_dir).absolute().name
+        reserve(name, training_args.hub_private_repo, training_args.hub_token)
+    # TRL prints tables of completions
+    with redirect_stdout(sys.stderr) if is_json() else nullcontext():
+        trainer = make_trainer(script_args, training_args, model_args, write_run_card)
+        metrics = train(trainer, given)
+        evaluate(trainer, metrics)
+    if training_args.push_to_hub and trainer.is_world_process_zero():
+        push_run(trainer)
     if trainer.is_world_process_zero():
         show(metrics | {"folder": training_args.output_dir}, describe_run(trainer.state.log_history, training_args))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # processes that leave without it may abort when all is done
 
 
-def push(trainer: CoAugTrainer) -> None:
-    """Pushes a run that has ended; what fails can be made up for without training again."""
+def train(trainer: CoAugTrainer, given: str | None) -> dict[str, float]:
+    """Trains, from the last whole checkpoint if there is one, and saves the policy."""
+    output_dir = trainer.args.output_dir
+    checkpoint = given or last_whole_checkpoint(output_dir)
+    if checkpoint:
+        logger.warning(f"Resuming from {checkpoint}. To start afresh, choose another output_dir.")
     try:
-        trainer.push_to_hub()
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    except (TrainingStopped, SystemExit) as stop:  # on all processes together; the model is not that of a whole run
+        if isinstance(stop, TrainingStopped):
+            trainer.save_state()  # what was logged until then
+        trainer.accelerator.end_training()
+        raise
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+    with saving(output_dir, output_dir):
+        trainer.save_model(output_dir, _internal_call=True)  # it is pushed when it is evaluated
+    return dict(result.metrics)
+
+
+def evaluate(trainer: CoAugTrainer, metrics: dict[str, float]) -> None:
+    """Evaluates on the dev split, if there is one, and adds that to the metrics and to the run's state."""
+    if trainer.eval_collection is None:
+        return
+    # TRL times every generation into Trackio, whose run has ended with the training.
+    trainer.args.report_to = [name for name in trainer.args.report_to if name != "trackio"]
+    trainer.remove_callback(TrackioCallback)
+    evaluated = trainer.evaluate()
+    metrics |= evaluated
+    trainer.save_metrics("eval", evaluated)
+    trainer.save_state()  # with this evaluation, which the card shows
+
+
+def push_run(trainer: CoAugTrainer) -> None:
+    """Pushes a run that has ended as `coaug push` does; what fails can be made up for without training again."""
+    args, repo_id = trainer.args, trainer.hub_model_id
+    try:
+        upload = prepare_run(args.output_dir, repo_id)
+        push(upload, repo_id, args.hub_private_repo, args.hub_revision, "End of training", args.hub_token)
     except InputError as error:
-        again = f"coaug push {trainer.args.output_dir} --repo_id {trainer.hub_model_id}"
+        again = f"coaug push {args.output_dir} --repo_id {repo_id}"
         raise InputError(f"The policy is trained and saved, but not pushed; {again} goes on. {error}") from error
 
 

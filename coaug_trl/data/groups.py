@@ -27,6 +27,10 @@ from ..utils.errors import InputError
 from .collection import Collection
 
 
+# What a text is in a group.
+TEXT_TYPES = ("query", "relevant", "irrelevant")
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """
@@ -200,6 +204,9 @@ class GroupSampler(torch.utils.data.Sampler[int]):
         current_epoch (`Callable[[], int]`):
             Gives the epoch that starts. The trainer derives it from its global step, because `set_epoch` does not
             reach the sampler when a run of several processes resumes inside an epoch.
+        has_ended (`Callable[[], bool]`, *optional*):
+            Whether the run is at its last step already: there is nothing to yield then. transformers would take one
+            step more when a run is resumed at its end.
     """
 
     def __init__(
@@ -208,13 +215,17 @@ class GroupSampler(torch.utils.data.Sampler[int]):
         completions_per_group: int,
         repeat_count: int,
         current_epoch: Callable[[], int],
+        has_ended: Callable[[], bool] = lambda: False,
     ):
         self.groups = groups
         self.completions_per_group = completions_per_group
         self.repeat_count = repeat_count
         self.current_epoch = current_epoch
+        self.has_ended = has_ended
 
     def __iter__(self) -> Iterator[int]:
+        if self.has_ended():
+            return
         first = self.current_epoch() * self.groups.groups_per_epoch
         for batch in range(first, first + self.groups.groups_per_epoch, self.groups.groups_per_batch):
             for _ in range(self.repeat_count):
@@ -246,7 +257,3 @@ class GroupCollator:
                 f"{self.completions_per_group}. The batch arithmetic of `CoAugConfig` has been overridden."
             )
         return groups
-
-
-# What a text is in a group.
-TEXT_TYPES = ("query", "relevant", "irrelevant")

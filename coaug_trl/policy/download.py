@@ -24,7 +24,7 @@ from .prompts import PROMPT_SET_FILE
 from .settings import POLICY_FILE
 
 
-CARD_FILE = "README.md"
+CARD_FILE, CURVES_FILE = "README.md", "reward.png"
 MANIFEST = "manifest.json"
 # What goes out is named, so that nothing else does: checkpoints, optimizer states, logs, completions, other people's
 # files. No name is that of a format that can run code.

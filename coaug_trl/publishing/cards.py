@@ -13,11 +13,11 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 
 from ..data.groups import TEXT_TYPES
 from ..evaluation.comparison import FORMATS, LETTERS, Cell, Comparison, Table, escape_markdown, format_p
+from ..policy.download import CURVES_FILE
 from ..training.record import license_of
 from ..utils.names import is_hub_id, last_part, without_folders
 from ..utils.terminal import describe_seconds
 from .record import Evaluated, RunRecord
-from .upload import CURVES_FILE
 
 
 PAPER = "https://huggingface.co/papers/2506.18670"

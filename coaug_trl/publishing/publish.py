@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import RepoCard
 
-from ..policy.download import BM25S_FILES, INDEX_FILES, MANIFEST, RUN_FILES
+from ..policy.download import BM25S_FILES, CARD_FILE, CURVES_FILE, INDEX_FILES, MANIFEST, RUN_FILES
 from ..policy.fingerprint import ADAPTER_FILE, MODEL_WEIGHTS
 from ..policy.prompts import PROMPT_SET_FILE
 from ..policy.settings import POLICY_FILE
 from ..utils.errors import InputError
 from ..utils.names import is_local, last_part, without_folders
-from .record import load_record, read_object
-from .upload import CURVES_FILE, EVALUATION_FILES, Upload, check_repo_id
+from .record import RunRecord, load_record, read_object
+from .upload import EVALUATION_FILES, Upload, check_repo_id
 
 
 if TYPE_CHECKING:
     from ..augmentation.folder import AugmentedCollection
-    from .record import RunRecord
+    from ..training.trainer import CoAugTrainer
 
 # JSON files that may hold paths; in the others a string that looks like one is a token.
 _WITH_PATHS = (
@@ -144,7 +144,7 @@ def prepare_run(
 
 
 def describe_run(
-    record: "RunRecord", repo_id: str, tags: Iterable[str] = ()
+    record: RunRecord, repo_id: str, tags: Iterable[str] = ()
 ) -> tuple[RepoCard, dict[str, Path | bytes]]:
     """The card of a run, and the picture it shows, if there is something to draw."""
     from .cards import draw_curves, model_card
@@ -154,6 +154,28 @@ def describe_run(
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / CURVES_FILE
         return card, {CURVES_FILE: path.read_bytes()} if draw_curves(record, path) else {}
+
+
+def write_run_card(trainer: "CoAugTrainer", name: str | None = None, tags: Iterable[str] = ()) -> None:
+    """
+    Writes the card of a run as it is now into its `output_dir`, with its picture: the `card_writer` of
+    [`~coaug_trl.CoAugTrainer`].
+
+    Args:
+        trainer ([`~coaug_trl.CoAugTrainer`]):
+            The run.
+        name (`str`, *optional*):
+            The model's name, where the trainer has no `hub_model_id`.
+        tags (`Iterable[str]`, *optional*):
+            Further tags.
+    """
+    folder = Path(trainer.args.output_dir)
+    record = RunRecord(folder, trainer.settings, trainer.training, trainer.state.log_history, [])
+    name = trainer.hub_model_id or trainer.args.hub_model_id or name or folder.absolute().name
+    card, pictures = describe_run(record, name, tags)
+    card.save(folder / CARD_FILE)
+    for picture, content in pictures.items():
+        (folder / picture).write_bytes(content)
 
 
 def prepare_index(folder: str | Path, repo_id: str) -> Upload:
@@ -300,7 +322,7 @@ def check_weights(folder: Path) -> None:
         )
 
 
-def _evaluation_places(record: "RunRecord", given: list[Path]) -> dict[str, Path]:
+def _evaluation_places(record: RunRecord, given: list[Path]) -> dict[str, Path]:
     """Where each evaluation goes beneath `evaluations`: its path beneath the run, or beneath the folder given."""
     places: dict[str, Path] = {}
     for evaluated in record.evaluations:

@@ -16,14 +16,13 @@ from huggingface_hub import (
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..policy.download import BM25S_FILES, CARD_FILE, INDEX_FILES, MANIFEST, RUN_FILES, explained
+from ..policy.download import BM25S_FILES, CARD_FILE, CURVES_FILE, INDEX_FILES, MANIFEST, RUN_FILES, explained
 from ..policy.prompts import PROMPT_SET_FILE
 from ..policy.settings import POLICY_FILE
 from ..utils.errors import InputError
 from ..utils.names import has_hub_form
 
 
-CURVES_FILE = "reward.png"
 # Without the texts, which are those of the collection.
 EVALUATION_FILES = (MANIFEST, "metrics.json", "run.trec", "qrels.trec", "per_query.jsonl")
 # What a push puts there, by kind: beginnings of folders, "" for the root, and names in them.
@@ -110,6 +109,20 @@ def check_private(repo_id: str, repo_type: str = "model", token: str | None = No
         raise InputError(
             f"{repo_id} is there already and public; make it private in its settings, or choose another repo_id."
         )
+
+
+def reserve(repo_id: str, private: bool | None, token: str | None = None) -> None:
+    """
+    Makes a repository that a training will be pushed to when it has ended.
+
+    Raises:
+        `InputError`: Nothing could be pushed to it, or it is to be private and others can see it.
+    """
+    check_access(token)
+    with explained(repo_id):
+        repo_id = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private:  # a repository that was there stays as public as it is
+            check_private(repo_id, token=token)
 
 
 def push(

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,8 +16,18 @@ from .pool import Column, Corpus, Pool, Rollouts
 from .together import describe_batch
 
 
-if TYPE_CHECKING:
-    from ..training.config import CoAugConfig
+class RewardSettings(Protocol):
+    """What the reward reads of [`~coaug_trl.CoAugConfig`], which documents it."""
+
+    augment: str
+    candidate_pool: str
+    bm25_statistics: str
+    reward_estimator: str
+    num_reward_samples: int
+    relevant_weight: float
+    ndcg_k: int
+    ignore_identical_ids: bool
+    seed: int
 
 
 class JointReward:
@@ -37,9 +47,9 @@ class JointReward:
             Scores queries against documents, with statistics that are fixed within a batch.
         prompt_set ([`~coaug_trl.PromptSet`]):
             Composes texts and answers.
-        args ([`~coaug_trl.CoAugConfig`]):
+        args ([`RewardSettings`]):
             `augment`, `candidate_pool`, `reward_estimator`, `num_reward_samples`, `relevant_weight`, `ndcg_k`, `seed`,
-            `ignore_identical_ids`, `running_statistics`.
+            `ignore_identical_ids`, `bm25_statistics`.
         corpus ([`Corpus`], *optional*):
             All documents, for `candidate_pool="corpus"`.
     """
@@ -51,7 +61,7 @@ class JointReward:
         collection: Collection,
         retriever: Retriever,
         prompt_set: PromptSet,
-        args: "CoAugConfig",
+        args: RewardSettings,
         corpus: Corpus | None = None,
     ):
         self.collection = collection
@@ -59,6 +69,7 @@ class JointReward:
         self.retriever = retriever
         self.prompt_set = prompt_set
         self.args = args
+        self.follows = args.bm25_statistics == "running" and retriever.kind == "sparse"
 
     def __call__(
         self,
@@ -125,7 +136,7 @@ class JointReward:
                     columns.append((group.position, id_, i))
                     documents.append(compose_document(self.collection.corpus[id_], answer, field))
         rollouts = Rollouts(rows, queries, columns, self.retriever.encode(documents))
-        if self.args.running_statistics:
+        if self.follows:
             rollouts.original_ids = list(dict.fromkeys(document_id for _, document_id, _ in columns))
             originals = [self.collection.corpus[id_] for id_ in rollouts.original_ids]
             rollouts.originals = self.retriever.encode(originals)
@@ -158,7 +169,7 @@ class JointReward:
         numerator = sum(numerator for _, numerator, _ in expected)
         weight = sum(weight for _, _, weight in expected)
         document_rewards = divide_document_rewards(numerator, weight, pool.rollout_document)
-        if self.args.running_statistics:
+        if self.follows:
             ids = [id_ for process in processes for id_ in process.original_ids]
             place = {id_: place for place, id_ in enumerate(ids)}
             originals = own.originals.concatenate([process.originals for process in processes])

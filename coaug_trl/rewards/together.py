@@ -1,5 +1,6 @@
 """Reward functions of the user, beside the joint reward."""
 
+import math
 from typing import Any
 
 import torch
@@ -43,6 +44,9 @@ def fail_together(reward: Any) -> Any:
 
     def rewards(kwargs: dict[str, Any]) -> list[float | None]:
         values = [None if value is None else float(value) for value in reward(**kwargs)]
+        for place, value in enumerate(values):
+            if value in (math.inf, -math.inf):
+                raise ValueError(f"reward {value} for completion {place}")
         if len(values) != len(kwargs["completions"]):
             raise ValueError(f"{len(values)} rewards for {len(kwargs['completions'])} completions")
         return values

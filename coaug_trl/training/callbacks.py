@@ -7,16 +7,16 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
 
 from ..data.groups import TEXT_TYPES
 from ..utils.distributed import largest
@@ -24,9 +24,6 @@ from ..utils.errors import TrainingStopped
 from ..utils.files import write_jsonl
 from .checkpoints import last_whole_checkpoint
 
-
-if TYPE_CHECKING:
-    from .config import CoAugConfig
 
 logger = logging.getLogger(__name__)
 RATIO = "sampling/sequence_ratio"
@@ -52,101 +49,84 @@ def describe_checkpoints(state: TrainerState, output_dir: str | Path, before: in
 # NaN and Inf
 
 
-def refuse_not_finite_weights(model: torch.nn.Module, state: TrainerState, output_dir: str | Path) -> None:
+class FiniteGuard(TrainerCallback):
     """
-    Raises a `TrainingStopped` on all processes if trained weights of one are NaN or Inf.
+    Stops training, on all processes together, when the trained weights or a gradient are NaN or Inf.
 
-    Called before generation, where such weights end in an error that says nothing, on a GPU in one that kills the
-    process.
+    Weights are looked at before a generation, where they would end in an error that says nothing, on a GPU in one that
+    kills the process. Gradients are looked at before the optimizer steps: the micro-batches of the step are then read
+    again, and the rows at fault saved as `not_finite_step_S_process_P.jsonl` in `output_dir`. Under float16 a step with
+    such a gradient is left out and the loss scaled down, and DeepSpeed has updated the weights by then: both are left
+    to the look at the weights.
+
+    Args:
+        trainer ([`~coaug_trl.CoAugTrainer`]):
+            The trainer.
     """
-    names, sums = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-            names.append(name)
-            sums.append(local.detach().sum(dtype=torch.float32))
+
+    def __init__(self, trainer: GRPOTrainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.trainer._step % (args.steps_per_generation * self.trainer.num_iterations):
+            return
+        trained = {name: each for name, each in self.trainer.model.named_parameters() if each.requires_grad}
+        broken = _not_finite(trained)
+        if largest(len(broken)):
+            every = list(dict.fromkeys(gather_object(broken)))
+            raise TrainingStopped(
+                f"Training stopped after step {state.global_step}: {len(every)} weights are NaN or Inf, the first of "
+                f"them in {every[0]}. {describe_checkpoints(state, args.output_dir)}"
+            )
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.trainer.accelerator.mixed_precision == "fp16":
+            return
+        gradients = {name: each.grad for name, each in self.trainer.model.named_parameters() if each.grad is not None}
+        if not largest(len(_not_finite(gradients))):
+            return
+        step, process = state.global_step + 1, PartialState().process_index
+        rows, names = self._rows_at_fault(args.steps_per_generation)
+        found = []
+        if rows:
+            path = Path(args.output_dir) / f"not_finite_step_{step}_process_{process}.jsonl"
+            write_jsonl(path, rows)
+            found.append(f"{', '.join(names)} ({len(rows)} rows, in {path})")
+        found = gather_object(found)
+        reason = f"NaN or Inf in {'; '.join(found)}" if found else "the gradient's norm is NaN or Inf"
+        raise TrainingStopped(
+            f"Training stopped at step {step}: {reason}, and no weight was changed by it. "
+            f"{describe_checkpoints(state, args.output_dir)}"
+        )
+
+    def _rows_at_fault(self, steps_per_generation: int) -> tuple[list[dict[str, Any]], list[str]]:
+        """Rows of the optimizer step that have what is not finite, and the kinds of numbers that are not."""
+        trainer, rows, names = self.trainer, [], {}
+        for place in range(trainer._step - trainer.current_gradient_accumulation_steps, trainer._step):
+            batch = dict(trainer._buffered_inputs[place % steps_per_generation])
+            ids, mask = (
+                torch.cat([batch[f"prompt_{kind}"], batch[f"completion_{kind}"]], dim=1) for kind in ("ids", "mask")
+            )
+            with torch.no_grad():
+                length = batch["completion_ids"].size(1)
+                batch["log_probs"] = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, length)[0]
+            at_fault = {name: found for name, found in _rows_at_fault(batch).items() if found.any()}
+            names |= at_fault
+            if at_fault:
+                chosen = torch.stack(list(at_fault.values())).any(dim=0)
+                rows += [
+                    _describe_row(batch, index, trainer._tokenizer) for index in chosen.nonzero().flatten().tolist()
+                ]
+        return rows, list(names)
+
+
+def _not_finite(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors whose part on this process has NaN or Inf."""
+    local = [each.to_local() if isinstance(each, DTensor) else each for each in tensors.values()]
+    sums = [each.detach().sum(dtype=torch.float32) for each in local]
     # a model that is spread over several GPUs has them on each
     finite = torch.stack([each.to(sums[0].device) for each in sums]).isfinite().tolist() if sums else []
-    broken = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
-    if largest(len(broken)):
-        every = list(dict.fromkeys(gather_object(broken)))
-        raise TrainingStopped(
-            f"Training stopped after step {state.global_step}: {len(every)} weights are NaN or Inf, the first of them "
-            f"in {every[0]}. {describe_checkpoints(state, output_dir)}"
-        )
-
-
-def refuse_not_finite_gradient(
-    norm: torch.Tensor | float | None, state: TrainerState, output_dir: str | Path, already_stepped: bool = False
-) -> None:
-    """
-    Raises a `TrainingStopped` if the norm of the gradient, the same on all processes, is NaN or Inf.
-
-    Args:
-        norm (`torch.Tensor` or `float`):
-            The norm, `None` if it is not known.
-        state ([`~transformers.TrainerState`]):
-            For the step and the checkpoints.
-        output_dir (`str` or `Path`):
-            Folder of the run.
-        already_stepped (`bool`, *optional*, defaults to `False`):
-            Whether the weights have been updated with this gradient, as DeepSpeed does within the backward pass.
-    """
-    norm = norm.item() if isinstance(norm, torch.Tensor) else norm
-    if norm is not None and not math.isfinite(norm):
-        unchanged = "" if already_stepped else ", and no weight was changed by it"
-        raise TrainingStopped(
-            f"Training stopped at step {state.global_step + 1}: the gradient's norm is {norm}{unchanged}. "
-            f"{describe_checkpoints(state, output_dir)}"
-        )
-
-
-def refuse_not_finite_loss(
-    loss: torch.Tensor,
-    log_probs: torch.Tensor,
-    batch: dict[str, Any],
-    tokenizer: Any,
-    state: TrainerState,
-    output_dir: str | Path,
-) -> None:
-    """
-    Raises a `TrainingStopped` on all processes if the loss or a log-probability of one is NaN or Inf.
-
-    The rows at fault are saved as `not_finite_step_S_process_P.jsonl` in `output_dir`, all rows of the micro-batch if
-    none can be blamed.
-
-    Args:
-        loss (`torch.Tensor`):
-            Loss of the micro-batch.
-        log_probs (`torch.Tensor` of shape `(B, T)`):
-            Log-probabilities of the completions' tokens by the policy.
-        batch (`dict[str, Any]`):
-            The micro-batch that TRL's loss was given.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Decodes its texts.
-        state ([`~transformers.TrainerState`]):
-            For the step and the checkpoints.
-        output_dir (`str` or `Path`):
-            Folder of the run.
-    """
-    batch = {**batch, "log_probs": log_probs}
-    at_fault = {name: rows for name, rows in _rows_at_fault(batch).items() if rows.any()}
-    if not torch.isfinite(loss):
-        at_fault["loss"] = torch.zeros(len(log_probs), dtype=torch.bool, device=log_probs.device)
-    if not largest(len(at_fault)):
-        return
-    step, process = state.global_step + 1, PartialState().process_index
-    found = []
-    if at_fault:
-        rows = torch.stack(list(at_fault.values())).any(dim=0)
-        rows = rows if rows.any() else torch.ones_like(rows)
-        path = Path(output_dir) / f"not_finite_step_{step}_process_{process}.jsonl"
-        write_jsonl(path, [_describe_row(batch, index, tokenizer) for index in rows.nonzero().flatten().tolist()])
-        found.append(f"{', '.join(at_fault)} ({int(rows.sum())} rows, in {path})")
-    raise TrainingStopped(
-        f"Training stopped at step {step}: NaN or Inf in {'; '.join(gather_object(found))}. "
-        f"{describe_checkpoints(state, output_dir)}"
-    )
+    return [name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite]
 
 
 def _rows_at_fault(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -155,13 +135,9 @@ def _rows_at_fault(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     rows = {"advantages": ~torch.isfinite(batch["advantages"])}
     for name in LOG_PROBS:
         values = batch.get(name)
-        if values is None:
+        if values is None or name == "sampling_per_token_logps":  # vLLM gives none for single tokens now and then
             continue
         bad = ~torch.isfinite(values) & mask
-        if name == "sampling_per_token_logps":
-            # vLLM gives none for single tokens now and then, which TRL takes as equal; for a whole completion it may not
-            missing = torch.isnan(values) & mask
-            bad = bad & ~missing | (missing == mask).all(dim=1, keepdim=True) & mask
         rows[name] = bad.any(dim=1)
     return rows
 
@@ -189,28 +165,24 @@ def _number(value: float) -> float | str:
 
 class CollapseGuard(TrainerCallback):
     """
-    Stops training when the policy has collapsed: when the entropy, the share of answers, their distinct words or the
-    length of completions has been below its threshold for `collapse_steps` optimizer steps in succession.
+    Stops training when the policy has collapsed: when one of four measures has been below its threshold for 50 optimizer
+    steps in succession. They are the mean entropy at a token (0.01 nats), the share of completions with an answer (0.02),
+    the distinct words of a generation batch's answers divided by all their words (0.001), and the mean length of
+    completions (2 tokens).
 
     Shares and words count as collapsed when they are for every text type. Completions that grow without end show as
     missing answers, since a cut answer is none.
 
     Args:
-        args ([`~coaug_trl.CoAugConfig`]):
-            Thresholds; those of 0 or `None` are off.
         metrics (`dict[str, list[float]]`):
             Where the trainer collects the metrics of training until they are logged.
     """
 
-    def __init__(self, args: "CoAugConfig", metrics: dict[str, list[float]]):
+    THRESHOLDS = {"entropy": 0.01, "answer_rate": 0.02, "distinct_words": 0.001, "completions/mean_length": 2.0}
+    NUM_STEPS = 50
+
+    def __init__(self, metrics: dict[str, list[float]]):
         self.metrics = metrics
-        self.thresholds = {
-            "entropy": args.collapse_entropy,
-            "answer_rate": args.collapse_answer_rate,
-            "distinct_words": args.collapse_distinct_words,
-            "completions/mean_length": args.collapse_completion_length,
-        }
-        self.num_steps = args.collapse_steps
         self._latest: dict[str, float] = {}
         self._steps_below = defaultdict(int)
 
@@ -229,17 +201,15 @@ class CollapseGuard(TrainerCallback):
         return self._latest
 
     def on_step_end(self, args, state, control, **kwargs):
-        if not self.num_steps:
-            return
         values = self._values(args.gradient_accumulation_steps)
         for name, value in values.items():
-            below = self.thresholds[name] and value < self.thresholds[name]
+            below = value < self.THRESHOLDS[name]
             self._steps_below[name] = self._steps_below[name] + 1 if below else 0
-        collapsed = [name for name, steps in self._steps_below.items() if steps >= self.num_steps]
+        collapsed = [name for name, steps in self._steps_below.items() if steps >= self.NUM_STEPS]
         if not largest(len(collapsed)):
             return
-        first = state.global_step - self.num_steps + 1
-        found = ", ".join(f"{name} below {self.thresholds[name]:g} (now {values[name]:.4g})" for name in collapsed)
+        first = state.global_step - self.NUM_STEPS + 1
+        found = ", ".join(f"{name} below {self.THRESHOLDS[name]:g} (now {values[name]:.4g})" for name in collapsed)
         raise TrainingStopped(
             f"Training stopped after step {state.global_step}: the policy has collapsed, with {found} since step "
             f"{first}. {describe_checkpoints(state, args.output_dir, before=first)}"
@@ -318,26 +288,27 @@ class StopOnSignal(TrainerCallback):
     """
 
     def __init__(self):
-        self.received = 0
-        self._since = 0.0
-        self._agreed = 0
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Handles the signals while the block runs. Only the main thread can, and what is ignored stays ignored."""
         self.received = self._agreed = 0
-        replaced = {}
+        self._since = 0.0
+        self._replaced = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Handles the signals from here on. Only the main thread can, and what is ignored stays ignored."""
+        self.received = self._agreed = 0
         if threading.current_thread() is threading.main_thread():
             for number in NAMES:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    replaced[number] = signal.signal(number, self._receive)
-        try:
-            yield
-        finally:
-            for number, handler in replaced.items():
-                signal.signal(number, handler)
+                    self._replaced[number] = signal.signal(number, self._receive)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.release()
         if self.received:  # after the last step, which nothing is left to save of
             signal.raise_signal(self.received)
+
+    def release(self) -> None:
+        """Gives the signals back to those who handled them before, which a training that failed has not done."""
+        while self._replaced:
+            signal.signal(*self._replaced.popitem())
 
     def _receive(self, number: int, frame) -> None:
         if not self.received:
@@ -367,4 +338,5 @@ class StopOnSignal(TrainerCallback):
                     f"Stopped by {NAMES[self._agreed]} after step {state.global_step}: {command} goes on from "
                     f"{checkpoint}."
                 )
+            self.release()
             raise SystemExit(128 + self._agreed)

@@ -9,15 +9,14 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile, ZipFile
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from trl import GRPOTrainer
 
 from ..utils.errors import InputError
 from ..utils.files import write_json
@@ -30,11 +29,6 @@ FILES_FILE = "coaug_files.json"
 STATE_FILE = "coaug_state.json"
 
 
-def begin_checkpoint(checkpoint: Path) -> None:
-    """Marks a checkpoint as not yet whole, before anything else is written into it."""
-    write_json(checkpoint / FILES_FILE, {"files": None})
-
-
 def finish_checkpoint(checkpoint: Path, resumable: bool = True) -> None:
     """
     Marks a checkpoint as whole, when every process has written its files.
@@ -45,21 +39,17 @@ def finish_checkpoint(checkpoint: Path, resumable: bool = True) -> None:
         resumable (`bool`, *optional*, defaults to `True`):
             Whether it has what training needs to go on, which `save_only_model` leaves out.
     """
-    files = {
-        path.relative_to(checkpoint).as_posix(): path.stat().st_size
-        for path in sorted(checkpoint.rglob("*"))
-        if path.is_file() and path.name != FILES_FILE
-    }
-    write_json(checkpoint / FILES_FILE, {"resumable": resumable, "files": files})
+    files = {path.relative_to(checkpoint).as_posix(): path for path in sorted(checkpoint.rglob("*"))}
+    sizes = {name: path.stat().st_size for name, path in files.items() if path.is_file() and name != FILES_FILE}
+    write_json(checkpoint / FILES_FILE, {"resumable": resumable, "files": sizes})
 
 
 def why_incomplete(checkpoint: str | Path) -> str | None:
     """
     What a checkpoint lacks to resume from it.
 
-    Its files and their sizes are compared with the list written last, and must be of the kind that their names say.
-    Other bytes within a tensor are not seen: that would take reading all of them. Checkpoints of runs that wrote no
-    such list are whole if `trainer_state.json`, which transformers writes last, can be read.
+    Its files and their sizes are compared with the list written last. Checkpoints of runs that wrote no such list are
+    whole if they have `trainer_state.json`, which transformers writes last.
 
     Args:
         checkpoint (`str` or `Path`):
@@ -73,50 +63,22 @@ def why_incomplete(checkpoint: str | Path) -> str | None:
         return "there is no such folder"
     listed = {"files": {}}
     if (checkpoint / FILES_FILE).exists():
-        listed = _read_object(checkpoint / FILES_FILE)
-        if listed is None:
+        try:
+            listed = json.loads((checkpoint / FILES_FILE).read_text(encoding="utf-8"))
+        except ValueError:
             return f"{FILES_FILE} cannot be read"
-        if listed.get("files") is None:
+        if listed["files"] is None:
             return "it was not written to its end"
     for name, size in listed["files"].items():
         if not (checkpoint / name).is_file():
             return f"it lacks {name}"
         if (found := (checkpoint / name).stat().st_size) != size:
             return f"{name} has {found:,} bytes instead of {size:,}"
-        if _is_damaged(checkpoint / name):
-            return f"{name} is damaged"
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
         return f"it lacks {TRAINER_STATE_NAME}"
-    if "global_step" not in (_read_object(checkpoint / TRAINER_STATE_NAME) or {}):
-        return f"{TRAINER_STATE_NAME} cannot be read"
     if not listed.get("resumable", True):
         return "it was saved with save_only_model, without the state of the optimizer"
     return None
-
-
-def _is_damaged(path: Path) -> bool:
-    """Whether the headers of a file of tensors, or a file of JSON, cannot be read."""
-    try:
-        if path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
-        elif path.suffix == ".safetensors":
-            with safe_open(path, "pt"):
-                pass
-        elif path.suffix in (".pt", ".pth", ".bin"):  # archives, as torch.save writes them
-            with ZipFile(path) as archive:
-                for name in archive.namelist():
-                    archive.open(name).close()
-    except (ValueError, RuntimeError, SafetensorError, BadZipFile):
-        return True
-    return False
-
-
-def _read_object(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def check_checkpoint(checkpoint: str | Path) -> None:
@@ -196,6 +158,78 @@ def saving(folder: str | Path, output_dir: str | Path) -> Iterator[None]:
             f"{whole or 'the start, since no whole checkpoint was saved before'}.",
             str(folder),
         ) from error
+
+
+@contextmanager
+def writing_checkpoint(folder: Path, trainer: GRPOTrainer) -> Iterator[Path]:
+    """
+    A checkpoint is marked as begun before anything is written into it, and as whole when every process has written its
+    files. Older ones go after that: the base class would delete them while this one may still lack files.
+
+    Args:
+        folder (`Path`):
+            The checkpoint.
+        trainer ([`~coaug_trl.CoAugTrainer`]):
+            Writes it while the block runs.
+    """
+    args, wait = trainer.args, trainer.accelerator.wait_for_everyone
+    limit, args.save_total_limit = args.save_total_limit, None
+    try:
+        with saving(folder, folder.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+            if args.should_save:
+                write_json(folder / FILES_FILE, {"files": None})
+            wait()
+            yield folder
+            wait()
+            if args.should_save:
+                finish_checkpoint(folder, resumable=not args.save_only_model)
+    finally:
+        args.save_total_limit = limit
+    if args.should_save:
+        rotate_checkpoints(str(folder.parent), limit, trainer.state.best_model_checkpoint, use_mtime=True)
+    wait()
+
+
+def save_state(folder: Path, trainer: GRPOTrainer) -> None:
+    """Saves what this package adds to a checkpoint: the rollouts in use, the step within them, BM25's statistics."""
+    step = trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations)
+    if step:
+        save_rollouts(trainer._buffered_inputs, _rollouts_path(folder, trainer))
+    if trainer.args.should_save:
+        state = {"step": step, "batch": _batch_arithmetic(trainer), "retriever_state": trainer.retriever.state()}
+        write_json(folder / STATE_FILE, state)
+
+
+def load_state(folder: Path, trainer: GRPOTrainer) -> None:
+    """
+    Loads what [`save_state`] saved, if the checkpoint has it.
+
+    Raises:
+        `InputError`: It was saved within a generation batch of other settings, or lacks its rollouts.
+    """
+    if not (folder / STATE_FILE).is_file():
+        return
+    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    trainer.retriever.load_state(state["retriever_state"])
+    trainer._step = state["step"]
+    if trainer._step:
+        if state["batch"] != _batch_arithmetic(trainer):
+            raise InputError(
+                f"{folder} was saved within a generation batch of {state['batch']}, which cannot go on as one of "
+                f"{_batch_arithmetic(trainer)}. Resume with the same settings and number of processes, or from a "
+                "checkpoint at the end of a generation batch."
+            )
+        trainer._buffered_inputs = load_rollouts(_rollouts_path(folder, trainer), trainer.accelerator.device)
+
+
+def _batch_arithmetic(trainer: GRPOTrainer) -> dict[str, int]:
+    names = ("world_size", "generation_batch_size", "steps_per_generation", "num_iterations")
+    return {name: getattr(trainer.args, name) for name in names}
+
+
+def _rollouts_path(folder: Path, trainer: GRPOTrainer) -> Path:
+    return folder / f"rollouts_{trainer.accelerator.process_index}.safetensors"
 
 
 def save_rollouts(slices: list[dict[str, torch.Tensor | None]], path: Path) -> None:

@@ -1,13 +1,14 @@
 """Configuration of [`~coaug_trl.CoAugTrainer`]: `GRPOConfig` and the fields of co-augmentation."""
 
-import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
+
+from .rules import check_rules
 
 
 @dataclass
@@ -70,13 +71,10 @@ class CoAugConfig(GRPOConfig):
         ignore_identical_ids (`bool`, *optional*, defaults to `False`):
             Whether a query does not compete with the document that has its id, in rewards and dev evaluations, for
             collections whose queries are documents of the corpus, such as ArguAna and Quora.
-        refresh_statistics (`bool`, *optional*, defaults to `True`):
-            Whether each dev evaluation replaces the retriever's statistics used in the reward by those of the corpus
-            as augmented then. `False` keeps those of the original corpus (the published code).
-        running_statistics (`bool`, *optional*, defaults to `False`):
-            Whether the retriever's statistics used in the reward follow the corpus as it is augmented, by a running
-            estimate from the rollouts of every batch, rather than at dev evaluations. BM25, with `candidate_pool`
-            `"batch"` or `"corpus"`.
+        bm25_statistics (`str`, *optional*, defaults to `"running"`, `"original"` where `candidate_pool` is `"group"`):
+            BM25's statistics in the reward. `"running"`: they follow the corpus as it is augmented, by a running
+            estimate from the rollouts of every batch. `"refreshed"`: each dev evaluation replaces them by those of the
+            corpus as augmented then. `"original"`: they stay those of the original corpus (the published code).
         penalize_log_probs (`bool`, *optional*, defaults to `False`):
             Whether the trainer's log-probabilities are those of the sampler's own distribution, with the repetition
             penalty applied to tokens seen before, rather than of the temperature alone. The update is then truly
@@ -84,24 +82,15 @@ class CoAugConfig(GRPOConfig):
         eval_corpus_size (`int`, *optional*):
             Dev evaluation ranks so many documents, those judged for a dev query and a seeded draw of others, instead
             of the full corpus.
-        collapse_steps (`int`, *optional*, defaults to `50`):
-            Training stops when one of the four measures of collapse has been below its threshold for so many optimizer
-            steps in succession; `0` switches this off.
-        collapse_entropy (`float`, *optional*, defaults to `0.01`):
-            Threshold of the mean entropy of the policy at a token, in nats. Thresholds of `0` or `None` are off.
-        collapse_answer_rate (`float`, *optional*, defaults to `0.02`):
-            Threshold of the share of completions with an answer, of the text type that has most.
-        collapse_distinct_words (`float`, *optional*, defaults to `0.001`):
-            Threshold of the distinct words of a generation batch's answers divided by all their words, of the text
-            type that has most.
-        collapse_completion_length (`float`, *optional*, defaults to `2.0`):
-            Threshold of the mean length of completions, in tokens.
+        collapse_guard (`bool`, *optional*, defaults to `True`):
+            Whether training stops when the policy has collapsed: when one of four measures has been below its threshold
+            for 50 optimizer steps. See [`~coaug_trl.training.callbacks.CollapseGuard`].
 
     > Defaults of GRPOConfig that differ: `num_generations=5`, `temperature=1.2`, `repetition_penalty=1.2`,
     > `scale_rewards="none"` (advantages are normalised here), `vllm_importance_sampling_correction=False`,
     > `num_generations_eval=1` (dev evaluation is greedy), `bf16` only on a GPU that supports it,
     > `metric_for_best_model` is `eval_nDCG@` of `ndcg_k` where the best checkpoint is asked for, `project="coaug"`,
-    > `run_name` is the last part of `output_dir`, and `trackio_static_space_id=False`, so that curves stay on this
+    > `run_name` is the last part of `output_dir`, `hub_strategy="end"`, and `trackio_static_space_id=False`, so that curves stay on this
     > machine when the model is pushed.
 
     Raises:
@@ -119,6 +108,9 @@ class CoAugConfig(GRPOConfig):
     repetition_penalty: float = field(
         default=1.2,
         metadata={"help": "Penalty on tokens that stand in the prompt or the completion; 1.0 is none. Kept in use."},
+    )
+    hub_strategy: str = field(
+        default="end", metadata={"help": "Leave it at 'end': a run is pushed when it has ended; see coaug push."}
     )
     scale_rewards: str = field(
         default="none", metadata={"help": "Leave it at 'none'; use advantage_normalization and text_type_scales."}
@@ -191,13 +183,13 @@ class CoAugConfig(GRPOConfig):
         default=False,
         metadata={"help": "Leave out the document with the id of the query, where queries are documents."},
     )
-    refresh_statistics: bool = field(
-        default=True,
-        metadata={"help": "Whether dev evaluations refresh the retriever statistics that the reward uses."},
-    )
-    running_statistics: bool = field(
-        default=False,
-        metadata={"help": "Whether retriever statistics of the reward follow the rollouts of every batch."},
+    bm25_statistics: str | None = field(
+        default=None,
+        metadata={
+            "help": "BM25's statistics in the reward: a running estimate from the rollouts, replaced at dev evaluations, "
+            "or those of the original corpus. Default: running, original where candidate_pool is group.",
+            "choices": ["running", "refreshed", "original"],
+        },
     )
     penalize_log_probs: bool = field(
         default=False,
@@ -208,27 +200,22 @@ class CoAugConfig(GRPOConfig):
     eval_corpus_size: int | None = field(
         default=None, metadata={"help": "Documents ranked in dev evaluation, judged ones always kept; default: all."}
     )
-    collapse_steps: int = field(
-        default=50,
-        metadata={"help": "Training stops after so many steps below a threshold of collapse; 0 switches this off."},
+    collapse_guard: bool = field(
+        default=True, metadata={"help": "Whether training stops when the policy has collapsed."}
     )
-    collapse_entropy: float | None = field(
-        default=0.01, metadata={"help": "Threshold of the policy's mean entropy, in nats a token; 0 is off."}
-    )
-    collapse_answer_rate: float | None = field(
-        default=0.02, metadata={"help": "Threshold of the share of completions with an answer; 0 is off."}
-    )
-    collapse_distinct_words: float | None = field(
-        default=0.001,
-        metadata={"help": "Threshold of distinct words / words over the answers of a generation batch; 0 is off."},
-    )
-    collapse_completion_length: float | None = field(
-        default=2.0, metadata={"help": "Threshold of the mean length of completions, in tokens; 0 is off."}
-    )
+    # The names that bm25_statistics has replaced.
+    refresh_statistics: InitVar[bool | None] = None
+    running_statistics: InitVar[bool | None] = None
 
-    def __post_init__(self):
+    def __post_init__(self, refresh_statistics: bool | None, running_statistics: bool | None):
+        for name, value in (("refresh_statistics", refresh_statistics), ("running_statistics", running_statistics)):
+            if value is not None:
+                raise ValueError(f"{name} is now bm25_statistics; set it to 'running', 'refreshed' or 'original'.")
+        if self.bm25_statistics is None:
+            self.bm25_statistics = "original" if self.candidate_pool == "group" else "running"
         num_processes = int(os.environ.get("WORLD_SIZE", 1))
-        self._validate()
+        check_rules(self)
+        self.scale_rewards = self.derived_scale_rewards
         self._derive_batches(num_processes)
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model = f"eval_nDCG@{self.ndcg_k}"
@@ -262,6 +249,11 @@ class CoAugConfig(GRPOConfig):
         )
 
     @property
+    def derived_scale_rewards(self) -> str:
+        """TRL's name of `advantage_normalization`; that of the batch is not TRL's, and made after it."""
+        return "group" if self.advantage_normalization == "group" else "none"
+
+    @property
     def processors_of_sampler_alone(self) -> list[str]:
         """Settings that vLLM's log-probabilities include and the trainer's do not."""
         active = {
@@ -271,145 +263,6 @@ class CoAugConfig(GRPOConfig):
             "min_p": bool(self.min_p),
         }
         return [name for name, on in active.items() if on]
-
-    def _validate(self):
-        for name in (
-            "queries_per_group",
-            "num_relevant",
-            "groups_per_batch",
-            "updates_per_batch",
-            "per_device_train_batch_size",
-            "max_completion_length",
-            "ndcg_k",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; use at least 1.")
-        for name, choices in (
-            ("augment", ("both", "query", "document")),
-            ("candidate_pool", ("group", "batch", "corpus")),
-            ("reward_estimator", ("exact", "sampled")),
-            ("advantage_normalization", ("center", "group", "batch")),
-            ("vllm_mode", ("server", "colocate")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(choices)}.")
-        least_group = self.queries_per_group * (1 + self.num_relevant)
-        if self.group_size < least_group:
-            raise ValueError(
-                f"group_size is {self.group_size}, too small for queries_per_group={self.queries_per_group} with "
-                f"num_relevant={self.num_relevant}; use at least {least_group}."
-            )
-        places = self.group_size - least_group
-        if not 0 <= self.num_hard_negatives <= places:
-            raise ValueError(
-                f"num_hard_negatives is {self.num_hard_negatives}, but group_size={self.group_size} leaves room for "
-                f"{places} beside queries_per_group={self.queries_per_group} and num_relevant={self.num_relevant}; use "
-                f"{f'0 to {places}' if places else 'a larger group_size, or 0'}."
-            )
-        ranks = self.hard_negative_ranks
-        if len(ranks) != 2 or not all(isinstance(rank, int) for rank in ranks) or not 1 <= ranks[0] <= ranks[1]:
-            raise ValueError(
-                f"hard_negative_ranks is {ranks}; use a first and a last rank, counted from 1, such as 10 100."
-            )
-        if self.hub_strategy in ("checkpoint", "all_checkpoints"):
-            raise ValueError(
-                f"hub_strategy is {str(self.hub_strategy)!r}, which would push the optimizer's state, a pickle; set "
-                "hub_strategy to 'every_save' or 'end', and keep output_dir to resume."
-            )
-        if self.augmentations is not None and (self.candidate_pool != "corpus" or self.augment == "query"):
-            raise ValueError(
-                f"augmentations is {self.augmentations!r} with candidate_pool={self.candidate_pool!r} and "
-                f"augment={self.augment!r}: it is for documents outside the batch, where documents are augmented; "
-                "leave it out, or set candidate_pool to 'corpus' and augment to 'both' or 'document'."
-            )
-        if self.running_statistics and self.candidate_pool == "group":
-            raise ValueError(
-                "running_statistics is True with candidate_pool='group', where no process has the documents of the "
-                "whole batch; set candidate_pool to 'batch' or 'corpus', or leave running_statistics out."
-            )
-        if self.reward_estimator == "sampled" and self.num_reward_samples < 1:
-            raise ValueError(f"num_reward_samples is {self.num_reward_samples}; use at least 1, such as 512.")
-        if self.relevant_weight < 0:
-            raise ValueError(f"relevant_weight is {self.relevant_weight}; use 0 or more, such as 10.")
-        if self.eval_corpus_size is not None and self.eval_corpus_size < 1:
-            raise ValueError(f"eval_corpus_size is {self.eval_corpus_size}; use at least 1, or leave it out for all.")
-        if self.collapse_steps < 0:
-            raise ValueError(f"collapse_steps is {self.collapse_steps}; use at least 1, such as 50, or 0 for none.")
-        for name, most in (
-            ("collapse_entropy", math.inf),
-            ("collapse_answer_rate", 1),
-            ("collapse_distinct_words", 1),
-            ("collapse_completion_length", math.inf),
-        ):
-            threshold = getattr(self, name)
-            if threshold is not None and not 0 <= threshold <= most:
-                legal = "0 or more" if most == math.inf else f"0 to {most}"
-                default = self.__dataclass_fields__[name].default
-                raise ValueError(f"{name} is {threshold}; use {legal}, such as {default:g}, or 0 to switch it off.")
-        best, logged = self.metric_for_best_model, f"nDCG@{self.ndcg_k}"
-        if best is not None and best.removeprefix("eval_") not in (logged, f"{logged}_reward_statistics"):
-            raise ValueError(
-                f"metric_for_best_model is {best!r}, but evaluations measure eval_{logged} (ndcg_k is {self.ndcg_k}); "
-                "use that, or leave it out."
-            )
-        if len(self.text_type_scales) != 3 or min(self.text_type_scales) < 0:
-            raise ValueError(
-                f"text_type_scales is {self.text_type_scales}; use three factors of 0 or more, for queries, relevant "
-                "and irrelevant documents, such as 1.0 0.2 0.1."
-            )
-        if self.num_generations is None or self.num_generations < 2:
-            raise ValueError(
-                f"num_generations is {self.num_generations}: a single rollout is its own baseline, so every advantage "
-                "is 0; use at least 2, such as 5."
-            )
-        if self.num_generations_eval != 1:
-            raise ValueError(f"num_generations_eval is {self.num_generations_eval}; dev evaluation is greedy, use 1.")
-        self._refuse_training_on_nothing()
-
-    def _refuse_training_on_nothing(self):
-        trained_scales = {
-            "both": self.text_type_scales,
-            "query": self.text_type_scales[:1],
-            "document": self.text_type_scales[1:],
-        }[self.augment]
-        if max(trained_scales) == 0:
-            raise ValueError(
-                f"text_type_scales is {self.text_type_scales} with augment={self.augment!r}: every advantage would be "
-                "0; use a positive factor for a side that is trained, such as 1.0 0.2 0.1."
-            )
-        if self.scale_rewards not in ("none", False) or self.multi_objective_aggregation != "sum_then_normalize":
-            raise ValueError(
-                f"scale_rewards is {self.scale_rewards!r} and multi_objective_aggregation is "
-                f"{self.multi_objective_aggregation!r}, but CoAugTrainer normalises advantages itself. Leave both out "
-                "and set advantage_normalization to 'center', 'group' or 'batch'."
-            )
-        processors = self.processors_of_sampler_alone
-        if self.use_vllm and self.vllm_importance_sampling_correction and processors:
-            active = ", ".join(f"{name}={getattr(self, name)}" for name in processors)
-            raise ValueError(
-                f"vllm_importance_sampling_correction is True with {active}: vLLM's log-probabilities include it, the "
-                "trainer's do not, and the correction would scale almost every sequence's loss to 0. Set "
-                "vllm_importance_sampling_correction to False"
-                + (", or penalize_log_probs to True." if "repetition_penalty" in processors else ".")
-            )
-        if self.penalize_log_probs and self.cast_lm_head_to_fp32:
-            raise ValueError(
-                "cast_lm_head_to_fp32 is True with penalize_log_probs, whose LM head computes as the rest of the model; "
-                "set one of them to False."
-            )
-        continuous_batching = self.use_transformers_continuous_batching or self.use_transformers_paged
-        if continuous_batching and self.repetition_penalty != 1.0:
-            raise ValueError(
-                f"repetition_penalty is {self.repetition_penalty} with use_transformers_continuous_batching, which "
-                "silently drops it. Set repetition_penalty to 1.0, or use vLLM or plain generation."
-            )
-        if self.learning_rate == 0:
-            raise ValueError("learning_rate is 0: no weight would change; use a positive one, such as 1e-6.")
-        if not self.temperature > 0:
-            raise ValueError(
-                f"temperature is {self.temperature}: all rollouts of a text would be the same and every advantage 0; "
-                "use a positive one, such as 1.2."
-            )
 
     def _derive_batches(self, num_processes: int):
         if self.groups_per_batch % num_processes:

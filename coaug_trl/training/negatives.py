@@ -11,11 +11,13 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..data.collection import Collection
+from ..data.groups import CompositeGroups
 from ..policy.settings import package_versions
 from ..retrieval import Retriever
 from ..retrieval.base import retrieve
 from ..utils.distributed import run_together
 from ..utils.files import atomic_open
+from .config import CoAugConfig
 
 
 logger = logging.getLogger(__name__)
@@ -130,3 +132,21 @@ def _fingerprint(collection: Collection) -> str:
         row = [query_id, collection.queries[query_id], list(collection.qrels[query_id])]
         digest.update(json.dumps(row).encode())
     return digest.hexdigest()
+
+
+def make_groups(collection: Collection, retriever: Retriever, args: CoAugConfig) -> CompositeGroups:
+    """The composite groups of a run, with its hard negatives, which are mined once and kept in `output_dir`."""
+    hard_negatives = None
+    if args.num_hard_negatives:
+        path = Path(args.output_dir) / HARD_NEGATIVES_FILE
+        hard_negatives = mine_hard_negatives(collection, retriever, args.hard_negative_ranks, path)
+    return CompositeGroups(
+        collection,
+        num_queries=args.queries_per_group,
+        group_size=args.group_size,
+        num_relevant=args.num_relevant,
+        groups_per_batch=args.groups_per_batch,
+        seed=args.seed,
+        num_hard_negatives=args.num_hard_negatives,
+        hard_negatives=hard_negatives,
+    )

@@ -6,13 +6,14 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -156,7 +157,10 @@ def make_parts(
 
 
 def make_trainer(
-    script_args: CoAugScriptArguments, training_args: CoAugConfig, model_args: ModelConfig
+    script_args: CoAugScriptArguments,
+    training_args: CoAugConfig,
+    model_args: ModelConfig,
+    card_writer: Callable | None = None,
 ) -> CoAugTrainer:
     """
     Builds the trainer of a run, with its model.
@@ -168,6 +172,8 @@ def make_trainer(
             Configuration; gets the `model_init_kwargs` that follow from `model_args`.
         model_args ([`trl.ModelConfig`]):
             The model.
+        card_writer (`Callable`, *optional*):
+            As [`~coaug_trl.CoAugTrainer`] takes it.
 
     Returns:
         [`~coaug_trl.CoAugTrainer`]: the trainer, before its first step.
@@ -195,6 +201,7 @@ def make_trainer(
             eval_collection=eval_collection,
             processing_class=tokenizer,
             peft_config=get_peft_config(model_args),
+            card_writer=card_writer,
             quantization_config=get_quantization_config(model_args),
         )
     except ImportError as error:  # vLLM, bitsandbytes, flash-attn
@@ -326,3 +333,27 @@ def set_up_logging() -> None:
     level = logging.ERROR if int(os.environ.get("RANK", 0)) else logging.WARNING if is_quiet() else logging.INFO
     logging.getLogger("coaug_trl").setLevel(level)
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def check_trackers(report_to: Iterable[str]) -> None:
+    """
+    Refuses trackers that cannot be reported to, before the work begins.
+
+    Args:
+        report_to (`Iterable[str]`):
+            Their names, as in [`~transformers.TrainingArguments`].
+
+    Raises:
+        `InputError`: One is unknown or not installed.
+    """
+    for name in report_to:
+        try:
+            (callback,) = get_reporting_integration_callbacks([name])
+        except ValueError as error:
+            raise InputError(f"report_to is {name!r}: {error}") from None
+        try:
+            callback()
+        except (ImportError, RuntimeError):
+            raise InputError(
+                f"report_to is {name!r}, which is not installed: pip install {name}, or set report_to to none."
+            ) from None

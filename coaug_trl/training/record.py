@@ -45,7 +45,7 @@ def describe_training(
     args: "CoAugConfig",
     train_collection: "Collection",
     eval_collection: "Collection | None",
-    base_model: str,
+    model: Any,
     device: str,
 ) -> dict[str, Any]:
     """
@@ -58,14 +58,15 @@ def describe_training(
             Trained on.
         eval_collection ([`~coaug_trl.Collection`] or `None`):
             Evaluated on in training.
-        base_model (`str`):
-            Model that training began with.
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            What training began with.
         device (`str`):
             Name of the device of a process.
 
     Returns:
         `dict[str, Any]`: JSON-able.
     """
+    base_model = model if isinstance(model, str) else model.name_or_path
     return {
         "base_model": base_model,
         "base_model_is_folder": Path(base_model).is_dir(),

@@ -57,7 +57,7 @@ class GivenCompletions(CoAugTrainer):
     def _generate_and_score_completions(self, inputs):
         self.groups.append([[group.position, list(group.queries), list(group.documents)] for group in inputs])
         output = super()._generate_and_score_completions(inputs)
-        self.rewards.append(self._rewards_per_func[:, 0].tolist())  # of all processes, in their order
+        self.rewards.append(list(self._logs["rewards"]["joint_ndcg"]))  # of all processes, in their order
         return output
 
 

@@ -84,7 +84,7 @@ def main():
     state = PartialState(cpu=True)
     save = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
 
-    trainer = build_with(given, output_dir / "whole", running_statistics=True, **save)
+    trainer = build_with(given, output_dir / "whole", bm25_statistics="running", **save)
     trainer.train()
     expected, statistics = weights(trainer), trainer.retriever.state()
     if state.is_main_process:
@@ -94,10 +94,10 @@ def main():
     signalled = OnTheSecondProcess(2, lambda model: os.kill(os.getpid(), signal.SIGTERM))
     no_save = save | {"save_strategy": "no"}
     folder = output_dir / "signal"
-    trainer = build_with(given, folder, [signalled], running_statistics=True, **no_save)
+    trainer = build_with(given, folder, [signalled], bm25_statistics="running", **no_save)
     results["signal"] = outcome(trainer)
     state.wait_for_everyone()
-    trainer = build_with(given, folder, running_statistics=True, **no_save)
+    trainer = build_with(given, folder, bm25_statistics="running", **no_save)
     results["resumed"] = outcome_of_resuming(trainer) | {
         "equal": equal(weights(trainer), expected) and trainer.retriever.state() == statistics
     }

@@ -176,7 +176,7 @@ def main():
             max_steps=5,
             num_iterations=2,
             updates_per_batch=2,
-            running_statistics=True,
+            bm25_statistics="running",
         ),
     }
     results["lines"] = lines

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,13 +26,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from coaug_trl import Augmenter, BM25Retriever, CoAugConfig, CoAugTrainer, InputError, PromptSet
 from coaug_trl.augmentation.folder import AugmentedCollection
-from coaug_trl.cli.train import push as push_run
+from coaug_trl.cli.train import push_run
 from coaug_trl.policy.download import policy_folder
 from coaug_trl.policy.fingerprint import fingerprint, folder_hash
 from coaug_trl.policy.settings import GenerationSettings, PolicySettings, retriever_differences
-from coaug_trl.publishing.publish import prepare
+from coaug_trl.publishing.publish import prepare, write_run_card
 from coaug_trl.publishing.record import load_record
-from coaug_trl.publishing.upload import Upload, push
+from coaug_trl.publishing.upload import Upload, push, reserve
 from coaug_trl.serving.index import SearchIndex
 from coaug_trl.training.record import license_of
 from coaug_trl.utils.files import write_json
@@ -825,7 +824,7 @@ def make_trainer(output_dir, collection, tiny_model):
         report_to="none",
         disable_tqdm=True,
     )
-    return CoAugTrainer(str(tiny_model), args, collection, BM25Retriever(), PROMPT_SET)
+    return CoAugTrainer(str(tiny_model), args, collection, BM25Retriever(), PROMPT_SET, card_writer=write_run_card)
 
 
 def test_the_trainer_pushes_what_the_command_would(hub, collection, tiny_model, tmp_path):
@@ -833,11 +832,11 @@ def test_the_trainer_pushes_what_the_command_would(hub, collection, tiny_model, 
     trainer.train()
     repository = hub.repositories["model", "me/trained"]
     assert repository.private
-    assert repository.messages == ["initial commit", "Training in progress, step 1"]
-    assert not any("optimizer" in name or name.endswith(".bin") for name in hub.files("me/trained"))
+    assert repository.messages == ["initial commit"]
     commit = trainer.push_to_hub(tags=["knees"])
     assert commit.oid == repository.branches["main"]
-    assert repository.messages[2:] == ["End of training"]
+    assert repository.messages[1:] == ["End of training"]
+    assert not any("optimizer" in name or name.endswith(".bin") for name in hub.files("me/trained"))
     files = hub.files("me/trained")
     upload = prepare(tmp_path / "run", "me/trained")
     assert set(files) == {".gitattributes", "README.md", *upload.files}
@@ -847,49 +846,32 @@ def test_the_trainer_pushes_what_the_command_would(hub, collection, tiny_model, 
     assert Augmenter.from_pretrained("me/trained").revision == folder_hash(tmp_path / "run")
 
 
-def test_a_hub_that_fails_does_not_end_a_training(fresh_hub, collection, tiny_model, tmp_path, caplog):
+def test_a_hub_that_fails_does_not_end_a_training(fresh_hub, collection, tiny_model, tmp_path):
     trainer = make_trainer(tmp_path / "run", collection, tiny_model)
     fresh_hub.fail = "/commit/"
     trainer.train()
-    assert "checkpoint-1 was not pushed: me/trained: the Hub answers 507" in caplog.text
+    trainer.save_model(_internal_call=True)
     with pytest.raises(InputError, match=r"not pushed; coaug push .*run --repo_id me/trained goes on\. .* 507"):
         push_run(trainer)
     fresh_hub.fail = None
     assert push(prepare(tmp_path / "run", "me/trained"), "me/trained").oid
 
 
-def test_a_private_run_does_not_begin_with_a_public_repository(fresh_hub, collection, tiny_model, tmp_path):
+def test_a_private_run_does_not_begin_with_a_public_repository(fresh_hub):
     huggingface_hub.HfApi().create_repo("me/trained", private=False)
     with pytest.raises(InputError, match="me/trained is there already and public"):
-        make_trainer(tmp_path / "run", collection, tiny_model)
+        reserve("me/trained", private=True)
 
 
-def test_training_goes_on_while_a_checkpoint_is_uploaded(fresh_hub, collection, tiny_model, tmp_path):
-    class Release(transformers.TrainerCallback):
-        def on_save(self, args, state, control, **kwargs):
-            if state.global_step == 3:
-                assert (tmp_path / "run" / "checkpoint-1").is_dir()  # what is being uploaded stays
-                fresh_hub.hold.set()
-
-    trainer = make_trainer(tmp_path / "run", collection, tiny_model)
-    trainer.args.max_steps, trainer.args.save_total_limit = 3, 1
-    trainer.add_callback(Release())
-    fresh_hub.hold = threading.Event()
-    trainer.train()
-    assert fresh_hub.repositories["model", "me/trained"].messages == [
-        "initial commit",
-        "Training in progress, step 1",
-    ]
-    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
-
-
-def test_the_trainer_says_at_once_that_it_could_not_push(hub, collection, tiny_model, tmp_path):
-    given = {"push_to_hub": True, "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True}
+def test_a_run_that_could_not_be_pushed_does_not_begin(hub, tmp_path):
     with reached(hub.url, tmp_path / "nobody", user=None), pytest.raises(InputError, match="hf auth login"):
-        args = CoAugConfig(str(tmp_path / "run"), hub_model_id="me/trained", **given)
-        CoAugTrainer(str(tiny_model), args, collection, BM25Retriever(), PROMPT_SET)
-    with pytest.raises(ValueError, match="hub_strategy is 'checkpoint'"):
-        CoAugConfig(str(tmp_path / "run"), hub_strategy="checkpoint", **given)
+        reserve("me/trained", private=None)
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
+def test_pushing_while_training_is_refused(tmp_path, strategy):
+    with pytest.raises(ValueError, match=f"hub_strategy is '{strategy}'.* set hub_strategy to 'end'"):
+        CoAugConfig(str(tmp_path / "run"), push_to_hub=True, hub_strategy=strategy, use_cpu=True, bf16=False)
 
 
 # As it is started

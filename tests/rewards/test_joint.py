@@ -60,6 +60,7 @@ def settings(tmp_path, **changes) -> CoAugConfig:
         "updates_per_batch": 1,
         "per_device_train_batch_size": 1,
         "ndcg_k": 3,
+        "bm25_statistics": "original",
         "seed": 7,
         "bf16": False,
         "use_cpu": True,
@@ -607,7 +608,7 @@ def test_a_query_outside_the_batch_need_not_compete_with_itself_either(collectio
 @pytest.mark.parametrize("pool", ["batch", "corpus"])
 def test_statistics_follow_the_rollouts_from_batch_to_batch(collection, tmp_path, pool):
     """A word that every rollout adds is worth less in the next batch, for all documents with the same statistics."""
-    args = settings(tmp_path, candidate_pool=pool, running_statistics=True)
+    args = settings(tmp_path, candidate_pool=pool, bm25_statistics="running")
     retriever = fitted(collection)
     corpus = Corpus(list(collection.corpus.values()), retriever, 0) if pool == "corpus" else None
     reward = JointReward(collection, retriever, PROMPT_SET, args, corpus)
@@ -617,7 +618,13 @@ def test_statistics_follow_the_rollouts_from_batch_to_batch(collection, tmp_path
     def worth() -> float:
         return retriever.score(["common"], [Document("d", "", "common")])[0, 0]
 
-    frozen = JointReward(collection, fitted(collection), PROMPT_SET, settings(tmp_path, candidate_pool=pool), corpus)
+    frozen = JointReward(
+        collection,
+        fitted(collection),
+        PROMPT_SET,
+        settings(tmp_path, candidate_pool=pool, bm25_statistics="original"),
+        corpus,
+    )
     worths = [worth()]
     for step in range(3):
         rewards = call(reward, rows, answers, step)

@@ -10,6 +10,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig, TrlParser
 
 from coaug_trl import BM25Retriever, CoAugConfig, InputError
+from coaug_trl.training.rules import check_rules
 from coaug_trl.training.trainer import check_best_metric
 
 
@@ -56,7 +57,8 @@ def test_only_the_output_folder_is_needed_and_the_rest_is_the_papers():
     assert config.scale_rewards == "none"
     assert config.num_generations_eval == 1
     assert config.vllm_importance_sampling_correction is False
-    assert config.refresh_statistics is True
+    assert config.bm25_statistics == "running"
+    assert make_config(candidate_pool="group").bm25_statistics == "original"
     assert config.eval_corpus_size is None
     assert (config.num_hard_negatives, config.hard_negative_ranks) == (0, [10, 100])
 
@@ -97,7 +99,7 @@ def derive(config, num_processes, **kwargs):
     unset = {"generation_batch_size": None, "steps_per_generation": None, "gradient_accumulation_steps": 1}
     for name, value in (unset | kwargs).items():
         setattr(derived, name, value)
-    derived._validate()
+    check_rules(derived)
     derived._derive_batches(num_processes)
     return derived
 
@@ -289,9 +291,24 @@ def test_processes_that_cannot_share_the_groups_evenly_are_told_what_they_could(
             {"hard_negative_ranks": [10, 100]},
         ),
         (
-            {"running_statistics": True, "candidate_pool": "group"},
-            "running_statistics is True with candidate_pool='group'",
-            {"running_statistics": True, "candidate_pool": "corpus"},
+            {"bm25_statistics": "running", "candidate_pool": "group"},
+            "bm25_statistics is 'running' with candidate_pool='group'",
+            {"bm25_statistics": "running", "candidate_pool": "corpus"},
+        ),
+        (
+            {"bm25_statistics": "frozen"},
+            "bm25_statistics is 'frozen'; use one of running, refreshed, original",
+            {"bm25_statistics": "original"},
+        ),
+        (
+            {"running_statistics": True},
+            "running_statistics is now bm25_statistics; set it to 'running', 'refreshed' or 'original'",
+            {"running_statistics": None},
+        ),
+        (
+            {"refresh_statistics": False},
+            "refresh_statistics is now bm25_statistics; set it to 'running', 'refreshed' or 'original'",
+            {"refresh_statistics": None},
         ),
         (
             {"hard_negative_ranks": [1.0, 10]},
@@ -380,8 +397,10 @@ def test_trls_scaling_of_rewards_is_refused_in_favour_of_advantage_normalization
     message = refusal(scale_rewards=value)
     assert f"scale_rewards is {value!r}" in message
     assert "set advantage_normalization to 'center', 'group' or 'batch'" in message
-    for normalization in ("center", "group", "batch"):
-        assert make_config(advantage_normalization=normalization).scale_rewards == "none"
+    for normalization, scaling in (("center", "none"), ("group", "group"), ("batch", "none")):
+        config = make_config(advantage_normalization=normalization)
+        assert config.scale_rewards == scaling
+        assert make_config(advantage_normalization=normalization, scale_rewards=scaling).scale_rewards == scaling
     for off in ("none", False):
         assert make_config(scale_rewards=off).scale_rewards == "none"
 
@@ -467,8 +486,8 @@ def test_the_command_line_gives_every_field():
             "0",
             "--eval_corpus_size",
             "100",
-            "--refresh_statistics",
-            "False",
+            "--bm25_statistics",
+            "refreshed",
         ),
     )
     assert config.text_type_scales == [1.0, 0.2, 0.1]
@@ -477,7 +496,7 @@ def test_the_command_line_gives_every_field():
     assert config.augment == "query"
     assert config.relevant_weight == 0.0
     assert config.eval_corpus_size == 100
-    assert config.refresh_statistics is False
+    assert config.bm25_statistics == "refreshed"
     assert parse().to_dict() == make_config().to_dict()
 
 

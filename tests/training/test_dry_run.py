@@ -240,8 +240,8 @@ def test_updates_of_bfloat16_weights_do_not_vanish_under_deepspeed(coaug, recipe
 def with_plugin(post_init, plugin):
     """What `accelerate launch` makes of a configuration with `distributed_type: DEEPSPEED`."""
 
-    def wrapped(self):
-        post_init(self)
+    def wrapped(self, *given):
+        post_init(self, *given)
         self.deepspeed_plugin = plugin
 
     return wrapped

@@ -273,6 +273,7 @@ def test_training_takes_them_into_its_groups_before_random_documents(collection,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
+        bm25_statistics="original",
     )
     retriever = BM25Retriever()
     trainer = RecordingTrainer(

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import resource
 import shutil
 import signal
@@ -39,7 +38,6 @@ SETTINGS = {
     **DEFAULTS,
     "log_completions": False,
     "updates_per_batch": 3,
-    "running_statistics": True,
     "learning_rate": 2e-3,
     "max_steps": 8,
     "save_strategy": "steps",
@@ -164,19 +162,18 @@ def test_a_checkpoint_that_was_begun_is_not_whole(run_copy):
     assert last_whole_checkpoint(run_copy, before=7) == str(run_copy / "checkpoint-6")
 
 
-def test_checkpoints_of_older_runs_are_whole_if_their_state_can_be_read(run_copy):
+def test_checkpoints_of_older_runs_are_whole_if_they_have_their_state(run_copy):
     newest = run_copy / "checkpoint-8"
     (newest / FILES_FILE).unlink()
     assert why_incomplete(newest) is None
-    state = (newest / "trainer_state.json").read_text()
-    (newest / "trainer_state.json").write_text(state[: len(state) // 2])
-    assert why_incomplete(newest) == "trainer_state.json cannot be read"
+    (newest / "trainer_state.json").unlink()
+    assert why_incomplete(newest) == "it lacks trainer_state.json"
 
 
 def test_weights_alone_are_nothing_to_resume_from(build, tmp_path):
     build(tmp_path, max_steps=1, save_only_model=True).train()
     assert "save_only_model" in why_incomplete(tmp_path / "checkpoint-1")
-    with pytest.raises(InputError, match="has no whole checkpoint"):
+    with pytest.raises(InputError, match="no whole checkpoint: it was saved with save_only_model"):
         build(tmp_path).train(resume_from_checkpoint=True)
 
 
@@ -191,48 +188,12 @@ def test_old_checkpoints_go_only_when_the_new_one_is_whole(build, tmp_path, monk
     trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     assert trainer.args.save_total_limit == 1
-    monkeypatch.setattr(
-        "coaug_trl.training.trainer.finish_checkpoint", kill
-    )  # all files are there, but it is not known yet
+    # all files are there, but it is not known yet
+    monkeypatch.setattr("coaug_trl.training.checkpoints.finish_checkpoint", kill)
     with pytest.raises(Killed):
         build(tmp_path, save_total_limit=1, max_steps=3).train(resume_from_checkpoint=True)
     assert (tmp_path / "checkpoint-3" / "trainer_state.json").is_file()
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-
-
-@pytest.mark.parametrize("damage", ["noise", "zeros", "half zeros"])
-def test_damage_that_keeps_a_files_size_is_seen(command, run_copy, caplog, damage):
-    newest, before = run_copy / "checkpoint-8", run_copy / "checkpoint-7"
-    for path in newest.iterdir():
-        if path.suffix not in (".json", ".safetensors", ".pt", ".pth", ".bin") or path.name == FILES_FILE:
-            continue  # texts that resuming does not read
-        content = path.read_bytes()
-        zeros = bytes(len(content) if damage == "zeros" else len(content) // 2)
-        path.write_bytes(
-            random.Random(0).randbytes(len(content)) if damage == "noise" else zeros + content[len(zeros) :]
-        )
-        assert why_incomplete(newest) == f"{path.name} is damaged"
-        with pytest.raises(InputError, match=rf"{newest}, no whole checkpoint: {path.name} is damaged. Use {before}"):
-            check_checkpoint(newest)
-        path.write_bytes(content)
-    assert why_incomplete(newest) is None
-    (newest / "optimizer.pt").write_bytes(bytes((newest / "optimizer.pt").stat().st_size))
-    assert exit_code(command(run_copy)) == 0
-    assert f"{newest} is incomplete and skipped: optimizer.pt is damaged. Delete it." in caplog.text
-    assert f"Resuming from {before}" in caplog.text
-
-
-def test_a_checkpoint_is_pushed_when_it_is_whole(build, tmp_path, monkeypatch):
-    pushed = []
-    monkeypatch.setattr("coaug_trl.training.trainer.prepare_run", lambda folder, repo_id: folder)
-    monkeypatch.setattr(
-        "coaug_trl.training.trainer.push",
-        lambda folder, repo_id, **kwargs: pushed.append((folder.name, why_incomplete(folder))),
-    )
-    trainer = build(tmp_path, max_steps=2)
-    trainer.args.push_to_hub = True
-    trainer.train()
-    assert pushed == [("checkpoint-1", None), ("checkpoint-2", None)]
 
 
 def test_the_best_checkpoint_is_that_of_the_best_evaluation(build, collection, tmp_path):

@@ -475,7 +475,12 @@ def test_dev_evaluation_equals_inference_and_retrieval(build, dev_collection, ex
 
 @pytest.mark.parametrize("refresh", [True, False])
 def test_statistics_are_refreshed_only_if_asked_for(build, dev_collection, expanding_model, tmp_path, refresh):
-    trainer = build(tmp_path, eval_collection=dev_collection, model=expanding_model, refresh_statistics=refresh)
+    trainer = build(
+        tmp_path,
+        eval_collection=dev_collection,
+        model=expanding_model,
+        bm25_statistics="refreshed" if refresh else "original",
+    )
     before = trainer.retriever.state()
     original = BM25Retriever()
     original.fit(list(dev_collection.corpus.values()))
@@ -554,7 +559,7 @@ def test_evaluation_does_not_disturb_training(build, dev_collection, expanding_m
         model=expanding_model,
         eval_strategy="steps",
         eval_steps=1,
-        refresh_statistics=False,
+        bm25_statistics="original",
     )
     evaluated.train()
     assert len(logged(evaluated, "eval_nDCG@10")) == 3
@@ -675,22 +680,15 @@ def test_statistics_of_another_retriever_are_not_resumed(build, tmp_path):
 
 SIGNATURES = {
     (GRPOTrainer, "_get_train_sampler"): ["self", "dataset"],
-    (GRPOTrainer, "_calculate_rewards"): ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     (GRPOTrainer, "_generate_and_score_completions"): ["self", "inputs"],
     (GRPOTrainer, "_prepare_inputs"): ["self", "generation_batch"],
     (GRPOTrainer, "_tokenize_prompts"): ["self", "prompts"],
-    (GRPOTrainer, "_compute_loss"): ["self", "model", "inputs"],
     (GRPOTrainer, "_save_checkpoint"): ["self", "model", "trial"],
     (GRPOTrainer, "_load_optimizer_and_scheduler"): ["self", "checkpoint"],
-    (Trainer, "train"): ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
-    (Trainer, "_get_grad_norm"): ["self", "model", "grad_norm"],
     (Trainer, "_save"): ["self", "output_dir", "state_dict"],
-    (Trainer, "_push_from_checkpoint"): ["self", "checkpoint_folder"],
-    (Trainer, "_finish_current_push"): ["self"],
     (Trainer, "init_hf_repo"): ["self", "token", "private"],
     (Trainer, "push_to_hub"): ["self", "commit_message", "blocking", "token", "revision", "private", "kwargs"],
     (GRPOTrainer, "create_model_card"): ["self", "model_name", "dataset_name", "tags"],
-    (GRPOTrainer, "log"): ["self", "logs", "start_time"],
     (Trainer, "_get_output_dir"): ["self", "trial"],
     (Trainer, "evaluation_loop"): [
         *("self", "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix")
@@ -711,17 +709,17 @@ def test_generation_takes_what_dev_evaluation_gives_it():
     parameters = inspect.signature(GRPOTrainer._generate_single_turn).parameters
     given = ["self", "prompt_ids", "images", "multimodal_fields", "num_generations"]
     found = list(parameters)
-    assert found[: len(given)] == given, f"GRPOTrainer._generate_single_turn takes {found} now; see augment_greedily"
+    assert found[: len(given)] == given, f"GRPOTrainer._generate_single_turn takes {found} now; see DevEvaluator"
     more = [name for name in found[len(given) :] if parameters[name].default is inspect.Parameter.empty]
-    assert not more, f"GRPOTrainer._generate_single_turn needs {more} now; see augment_greedily"
+    assert not more, f"GRPOTrainer._generate_single_turn needs {more} now; see DevEvaluator"
 
 
 def test_the_base_class_still_has_what_is_overridden():
     inherited = {name for name in vars(CoAugTrainer) if hasattr(GRPOTrainer, name) and not name.startswith("__")}
-    expected = {name for _, name in SIGNATURES} - {"_get_output_dir", "_prepare_inputs", "_tokenize_prompts"}
+    called = {"_get_output_dir", "_prepare_inputs", "_tokenize_prompts", "init_hf_repo"}
+    expected = {name for _, name in SIGNATURES} - called
     assert expected <= inherited, f"CoAugTrainer no longer overrides {expected - inherited}: mend this test"
     others = inherited - expected - {"_tag_names", "_name", "_paper", "_abc_impl"}
-    others -= {"_get_per_token_logps_and_entropies", "_run_epoch", "evaluate"}  # they pass all arguments on
     assert not others, f"GRPOTrainer has {others} of its own now, which CoAugTrainer shadows"
 
 
@@ -770,10 +768,28 @@ def test_a_generation_batch_is_made_once_and_read_in_slices():
     assert "self._train_batch_size * self.args.steps_per_generation" in source, "its batches have another size now"
 
 
-def test_log_probabilities_come_first_and_before_the_loss():
-    source = inspect.getsource(GRPOTrainer._compute_loss)
-    part = "per_token_logps, entropies, aux_loss = self._get_per_token_logps_and_entropies("
-    assert part in source, f"GRPOTrainer._compute_loss has changed: {part!r} is gone; see CoAugTrainer._log_probs"
+def test_log_probabilities_can_be_computed_again():
+    given = ["self", "model", "input_ids", "attention_mask", "logits_to_keep"]
+    found = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+    assert found[: len(given)] == given, f"_get_per_token_logps_and_entropies takes {found} now; see FiniteGuard"
+
+
+def test_gradients_are_clipped_before_the_callback_that_looks_at_them():
+    source = inspect.getsource(Trainer._run_epoch)
+    clip, look, step = (
+        source.index(part) for part in ("_clip_grad_norm(", "on_pre_optimizer_step(", "optimizer.step()")
+    )
+    assert clip < look < step, "Trainer calls on_pre_optimizer_step elsewhere now; see FiniteGuard"
+
+
+def test_scale_rewards_centres_and_divides_as_the_modes_say():
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    for part in (
+        "advantages = rewards - mean_grouped_rewards",
+        'if self.scale_rewards != "none"',
+        "std_rewards + 1e-4",
+    ):
+        assert part in source, f"GRPOTrainer normalises otherwise now: {part!r} is gone; see advantage_normalization"
 
 
 def test_checkpoints_are_rotated_where_the_limit_is_read():
@@ -807,7 +823,7 @@ def test_vllm_generation_reads_the_settings_that_evaluation_replaces():
     parameters = inspect.signature(vllm_generation.VLLMGeneration.__init__).parameters
     generate = inspect.getsource(vllm_generation.VLLMGeneration.generate)
     for name in ("temperature", "top_p", "top_k", "min_p"):
-        assert name in parameters, f"VLLMGeneration takes no {name} any more; see CoAugTrainer._greedy_generation"
+        assert name in parameters, f"VLLMGeneration takes no {name} any more; see DevEvaluator._greedy_generation"
         assert f"self.{name}" in generate, f"VLLMGeneration.generate no longer reads {name}; see _greedy_generation"
 
 

@@ -1,23 +1,28 @@
 """`coaug train`, and what `accelerate launch scripts/train.py` runs."""
 
+import argparse
 import logging
+from typing import TYPE_CHECKING
 
-from accelerate import PartialState
-
-from ..training.checkpoints import check_checkpoint, last_whole_checkpoint, saving
-from ..training.config import CoAugConfig
-from ..training.dry_run import print_plan
-from ..training.recipe import given_checkpoint, make_parts, make_trainer, parse_arguments, set_up_logging
-from ..training.trackers import check_trackers
-from ..training.trainer import CoAugTrainer
 from ..utils.errors import InputError, TrainingStopped
 from ..utils.terminal import describe_seconds, show
+
+
+# What loads torch is imported by `run`, so that `coaug --help` answers at once.
+if TYPE_CHECKING:
+    from ..training.config import CoAugConfig
+    from ..training.trainer import CoAugTrainer
 
 
 logger = logging.getLogger(__name__)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Names the command; `run` reads its options, the fields of three dataclasses, with TRL's parser."""
+    commands.add_parser("train", help="train a policy; see coaug train --help", add_help=False)
+
+
+def run(arguments: list[str] | None = None) -> None:
     """
     Trains a policy.
 
@@ -31,6 +36,13 @@ def main(arguments: list[str] | None = None) -> None:
         `TrainingStopped`: The run has gone wrong.
         `SystemExit`: It was interrupted and has saved a checkpoint.
     """
+    from accelerate import PartialState
+
+    from ..training.checkpoints import check_checkpoint
+    from ..training.dry_run import print_plan
+    from ..training.recipe import given_checkpoint, make_parts, make_trainer, parse_arguments, set_up_logging
+    from ..training.trackers import check_trackers
+
     set_up_logging()
     script_args, training_args, model_args = parse_arguments(arguments)
     check_trackers(training_args.report_to)
@@ -44,11 +56,13 @@ def main(arguments: list[str] | None = None) -> None:
             print_plan(script_args, training_args, model_args, *parts)
         return
 
-    trainer = make_trainer(script_args, training_args, model_args)
+    _train(make_trainer(script_args, training_args, model_args), training_args, given)
 
-    ###########
-    # Train, from the last whole checkpoint if there is one
-    ###########
+
+def _train(trainer: "CoAugTrainer", training_args: "CoAugConfig", given: str | None) -> None:
+    """Trains from the given or the last whole checkpoint, if there is one; saves, evaluates and pushes the policy."""
+    from ..training.checkpoints import last_whole_checkpoint, saving
+
     checkpoint = given or last_whole_checkpoint(training_args.output_dir)
     if checkpoint:
         logger.warning(f"Resuming from {checkpoint}. To start afresh, choose another output_dir.")
@@ -63,9 +77,6 @@ def main(arguments: list[str] | None = None) -> None:
     trainer.save_metrics("train", train_result.metrics)
     trainer.save_state()
 
-    ###########
-    # Save, evaluate on the dev split
-    ###########
     with saving(training_args.output_dir, training_args.output_dir):
         trainer.save_model(training_args.output_dir, _internal_call=True)  # it is pushed when it is evaluated
     if trainer.eval_collection is not None:
@@ -81,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     trainer.accelerator.end_training()  # processes that leave without it may abort when all is done
 
 
-def push(trainer: CoAugTrainer) -> None:
+def push(trainer: "CoAugTrainer") -> None:
     """Pushes a run that has ended; what fails can be made up for without training again."""
     try:
         trainer.push_to_hub()
@@ -90,7 +101,7 @@ def push(trainer: CoAugTrainer) -> None:
         raise InputError(f"The policy is trained and saved, but not pushed; {again} goes on. {error}") from error
 
 
-def describe_run(history: list[dict], args: CoAugConfig) -> str:
+def describe_run(history: list[dict], args: "CoAugConfig") -> str:
     """What a run that has ended did, in a few lines."""
     lines = []
     for name, label in (("reward", "reward"), (f"eval_nDCG@{args.ndcg_k}", f"dev nDCG@{args.ndcg_k}")):

@@ -34,9 +34,6 @@ def _add_alignment(analyses: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--augmentations", nargs="+", required=True, metavar="DIR", help="folders made by coaug augment"
     )
-    parser.add_argument(
-        "--smoothing", type=float, default=1.0, help="added to the documents' count of each word; default: 1"
-    )
     parser.add_argument("--language", default="english", help="Snowball stemmer; default: english")
     add_output(parser)
     parser.set_defaults(run=alignment)
@@ -91,17 +88,18 @@ def alignment(options: argparse.Namespace) -> None:
     from ..data.collection import Collection
     from ..studies.alignment import alignment_table, measure_alignment
 
+    smoothing = 1.0  # added to the documents' count of each word
     collection = Collection.load(options.collection, options.split)
-    rows = measure_alignment(collection, options.augmentations, options.smoothing, options.language)
+    rows = measure_alignment(collection, options.augmentations, smoothing, options.language)
     settings = {
         "collection": collection.name,
         "split": collection.split,
         "unit": "nats",
-        "smoothing": options.smoothing,
+        "smoothing": smoothing,
         "language": options.language,
     }
     title = (
-        f"{collection.name} ({collection.split}): H(Q,D) in nats a word, {options.smoothing:g} added to the documents' "
+        f"{collection.name} ({collection.split}): H(Q,D) in nats a word, {smoothing:g} added to the documents' "
         f"count of each word; words as BM25 reads them ({options.language}); unseen: query words in no document"
     )
     _show_analysis(settings, rows, alignment_table(rows, title))

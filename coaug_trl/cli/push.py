@@ -32,7 +32,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--split", default="test", help="its split; default: test")
     parser.add_argument("--space", metavar="DIR", help="of an index: write a Space that searches it, and push that")
     parser.add_argument("--model", help="of a Space: policy that augments the queries, a folder or a Hub id")
-    parser.add_argument("--commit_message", default="Upload by coaug push", help="default: Upload by coaug push")
     parser.add_argument("--dry_run", action="store_true", help="list the files and print the card, without the Hub")
     add_output(parser)
     parser.set_defaults(run=run, resumes=True)
@@ -92,7 +91,7 @@ def _push_upload(upload: "Upload", options: argparse.Namespace) -> None:
         where = f", to the {upload.repo_type} {options.repo_id}" if options.repo_id else ""
         show(content | {"card": page}, f"{files}\n{total}{where}; nothing was uploaded\n\n{page}".rstrip())
         return
-    commit = push_to_hub(upload, options.repo_id, options.private or None, options.revision, options.commit_message)
+    commit = push_to_hub(upload, options.repo_id, options.private or None, options.revision)
     show(content | {"url": str(commit.repo_url), "commit": commit.oid}, f"{total}: {commit.repo_url}")
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from coaug_trl.cli.main import _parser, main
+from coaug_trl.cli.main import main, make_parser
 
 
 ROOT = Path(__file__).parent.parent
@@ -197,7 +197,7 @@ def test_commands_are_ones_that_exist(command, tmp_path):
     if options == ["..."]:
         return
     # Names that stand for files and numbers are read as strings.
-    parsed, others = _parser().parse_known_args([option for option in options if option != "..."])
+    parsed, others = make_parser().parse_known_args([option for option in options if option != "..."])
     assert others == [], others
 
 
@@ -390,7 +390,7 @@ def known_options():
         subparsers = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
         return found.union(*(options_of(each) for choices in subparsers for each in choices.values()))
 
-    (commands_,) = (action.choices for action in _parser()._actions if isinstance(action.choices, dict))
+    (commands_,) = (action.choices for action in make_parser()._actions if isinstance(action.choices, dict))
     known = {name: options_of(parser) for name, parser in commands_.items()}
     dataclasses = (CoAugScriptArguments, CoAugConfig, ModelConfig)
     known["train"] = {f"--{field.name}" for each in dataclasses for field in fields(each)} | {"--config"}

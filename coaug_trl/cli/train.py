@@ -1,35 +1,31 @@
 """`coaug train`, and what `accelerate launch scripts/train.py` runs."""
 
+import argparse
 import logging
 import sys
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from accelerate import PartialState
-from transformers.integrations import TrackioCallback
-
-from ..publishing.publish import prepare_run, write_run_card
-from ..publishing.upload import push, reserve
-from ..training.checkpoints import check_checkpoint, last_whole_checkpoint, saving
-from ..training.config import CoAugConfig
-from ..training.dry_run import print_plan
-from ..training.recipe import (
-    check_trackers,
-    given_checkpoint,
-    make_parts,
-    make_trainer,
-    parse_arguments,
-    set_up_logging,
-)
-from ..training.trainer import CoAugTrainer
 from ..utils.errors import InputError, TrainingStopped
 from ..utils.terminal import describe_seconds, is_json, show
+
+
+# What loads torch is imported by the functions, so that `coaug --help` answers at once.
+if TYPE_CHECKING:
+    from ..training.config import CoAugConfig
+    from ..training.trainer import CoAugTrainer
 
 
 logger = logging.getLogger(__name__)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Names the command; `run` reads its options, the fields of three dataclasses, with TRL's parser."""
+    commands.add_parser("train", help="train a policy; see coaug train --help", add_help=False)
+
+
+def run(arguments: list[str] | None = None) -> None:
     """
     Trains a policy.
 
@@ -43,6 +39,21 @@ def main(arguments: list[str] | None = None) -> None:
         `TrainingStopped`: The run has gone wrong.
         `SystemExit`: It was interrupted and has saved a checkpoint.
     """
+    from accelerate import PartialState
+
+    from ..publishing.publish import write_run_card
+    from ..publishing.upload import reserve
+    from ..training.checkpoints import check_checkpoint
+    from ..training.dry_run import print_plan
+    from ..training.recipe import (
+        check_trackers,
+        given_checkpoint,
+        make_parts,
+        make_trainer,
+        parse_arguments,
+        set_up_logging,
+    )
+
     set_up_logging()
     script_args, training_args, model_args = parse_arguments(arguments)
     check_trackers(training_args.report_to)
@@ -62,8 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
     # TRL prints tables of completions
     with redirect_stdout(sys.stderr) if is_json() else nullcontext():
         trainer = make_trainer(script_args, training_args, model_args, write_run_card)
-        metrics = train(trainer, given)
-        evaluate(trainer, metrics)
+        metrics = _train(trainer, given)
+        _evaluate(trainer, metrics)
     if training_args.push_to_hub and trainer.is_world_process_zero():
         push_run(trainer)
     if trainer.is_world_process_zero():
@@ -72,8 +83,10 @@ def main(arguments: list[str] | None = None) -> None:
     trainer.accelerator.end_training()  # processes that leave without it may abort when all is done
 
 
-def train(trainer: CoAugTrainer, given: str | None) -> dict[str, float]:
+def _train(trainer: "CoAugTrainer", given: str | None) -> dict[str, float]:
     """Trains, from the last whole checkpoint if there is one, and saves the policy."""
+    from ..training.checkpoints import last_whole_checkpoint, saving
+
     output_dir = trainer.args.output_dir
     checkpoint = given or last_whole_checkpoint(output_dir)
     if checkpoint:
@@ -92,8 +105,10 @@ def train(trainer: CoAugTrainer, given: str | None) -> dict[str, float]:
     return dict(result.metrics)
 
 
-def evaluate(trainer: CoAugTrainer, metrics: dict[str, float]) -> None:
+def _evaluate(trainer: "CoAugTrainer", metrics: dict[str, float]) -> None:
     """Evaluates on the dev split, if there is one, and adds that to the metrics and to the run's state."""
+    from transformers.integrations import TrackioCallback
+
     if trainer.eval_collection is None:
         return
     # TRL times every generation into Trackio, whose run has ended with the training.
@@ -105,8 +120,11 @@ def evaluate(trainer: CoAugTrainer, metrics: dict[str, float]) -> None:
     trainer.save_state()  # with this evaluation, which the card shows
 
 
-def push_run(trainer: CoAugTrainer) -> None:
+def push_run(trainer: "CoAugTrainer") -> None:
     """Pushes a run that has ended as `coaug push` does; what fails can be made up for without training again."""
+    from ..publishing.publish import prepare_run
+    from ..publishing.upload import push
+
     args, repo_id = trainer.args, trainer.hub_model_id
     try:
         upload = prepare_run(args.output_dir, repo_id)
@@ -116,7 +134,7 @@ def push_run(trainer: CoAugTrainer) -> None:
         raise InputError(f"The policy is trained and saved, but not pushed; {again} goes on. {error}") from error
 
 
-def describe_run(history: list[dict], args: CoAugConfig) -> str:
+def describe_run(history: list[dict], args: "CoAugConfig") -> str:
     """What a run that has ended did, in a few lines."""
     lines = []
     for name, label in (("reward", "reward"), (f"eval_nDCG@{args.ndcg_k}", f"dev nDCG@{args.ndcg_k}")):

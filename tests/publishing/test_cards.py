@@ -17,7 +17,7 @@ from PIL import Image
 
 from coaug_trl import BM25Retriever, CoAugConfig, CoAugTrainer, PromptSet
 from coaug_trl.augmentation.folder import AugmentedCollection
-from coaug_trl.cli.main import _parser
+from coaug_trl.cli.main import make_parser
 from coaug_trl.evaluation.comparison import compare_folders
 from coaug_trl.policy.settings import GenerationSettings, PolicySettings
 from coaug_trl.publishing.cards import augmentations_card, draw_curves, index_card, model_card
@@ -380,8 +380,8 @@ def test_the_snippets_can_run(record, augment, kind):
     (snippet,) = code_blocks(card, "python")
     check_python(snippet)
     commands = [line for block in code_blocks(card, "bash") for line in block.splitlines() if "coaug " in line]
-    options = [_parser().parse_args(shlex.split(command)[1:]) for command in commands]
-    assert [each.run for each in options] == ["augment"] * (augment != "query") + ["index", "search"]
+    options = [make_parser().parse_args(shlex.split(command)[1:]) for command in commands]
+    assert [each.command for each in options] == ["augment"] * (augment != "query") + ["index", "search"]
     index, search = options[-2:]
     assert index.retriever == retriever["retriever"]
     assert search.model == (None if augment == "document" else REPO)
@@ -454,7 +454,7 @@ def test_the_card_of_augmentations(run):
     (snippet,) = code_blocks(card, "python")
     check_python(snippet)
     (command,) = code_blocks(card, "bash")
-    assert _parser().parse_args(shlex.split(command)[1:]).augmentations == "alice/advice-added"
+    assert make_parser().parse_args(shlex.split(command)[1:]).augmentations == "alice/advice-added"
     assert "augmented_text" not in card.text
     assert "augmented_text" in augmentations_card(manifest, "alice/advice-added", with_texts=True).text
 
@@ -469,7 +469,7 @@ def test_the_card_of_an_index(run, collection, tmp_path):
     assert "<script" not in html(card.text) and str(run.parent) not in card.content
     assert dict(table(section(card, "Contents"))[1:])["documents"] == "40"
     install, command = code_blocks(card, "bash")[0].splitlines()
-    assert _parser().parse_args(shlex.split(command)[1:]).index == "alice/advice-index"
+    assert make_parser().parse_args(shlex.split(command)[1:]).index == "alice/advice-index"
 
     # bm25s itself finds what the index finds
     (snippet,) = code_blocks(card, "python")

@@ -23,7 +23,7 @@ def leaves(parser: argparse.ArgumentParser, name: str = "coaug"):
     yield name, parser
 
 
-COMMANDS = [(name, parser) for name, parser in leaves(cli._parser()) if name != "coaug train"]
+COMMANDS = [(name, parser) for name, parser in leaves(cli.make_parser()) if name != "coaug train"]
 
 
 @pytest.mark.parametrize("parser", [parser for _, parser in COMMANDS], ids=[name for name, _ in COMMANDS])

@@ -367,6 +367,10 @@ def test_languages_that_have_stop_words_are_named():
     assert set(re.split(r",\s+|\s+and\s+", named.lower())) == languages
 
 
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
+
+
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
 def test_extras_are_those_of_the_package(path):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]

@@ -319,7 +319,7 @@ def test_python_of_the_readme_runs(tmp_path, tiny_model, monkeypatch, capsys):
     assert (tmp_path / "runs/example/coaug.json").is_file()
 
 
-def test_an_adapter_is_merged_as_the_readme_says(tmp_path, tiny_model, monkeypatch):
+def test_an_adapter_is_merged_as_the_page_says(tmp_path, tiny_model, monkeypatch):
     import peft
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -329,22 +329,19 @@ def test_an_adapter_is_merged_as_the_readme_says(tmp_path, tiny_model, monkeypat
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
-    adapted.save_pretrained(tmp_path / "runs/round1")
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "runs/round1")
+    adapted.save_pretrained(tmp_path / "runs/mine")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "runs/mine")
     monkeypatch.chdir(tmp_path)
     options = ["--config", str(ROOT / "recipes/nfcorpus/qwen2.5-0.5b-bm25.yaml"), "--use_cpu=true", "--bf16=false"]
     with pytest.raises(InputError, match="merge it first"):
-        parse_arguments([*options, "--model_name_or_path", "runs/round1"])
-    code = blocks(ROOT / "README.md", "python")[1]
-    exec(compile(code, "README.md", "exec"), {})
-    parse_arguments([*options, "--model_name_or_path", "runs/round1-merged"])
-    merged = AutoModelForCausalLM.from_pretrained("runs/round1-merged")
+        parse_arguments([*options, "--model_name_or_path", "runs/mine"])
+    (code,) = blocks(DOCS / "troubleshooting.md", "py")
+    exec(compile(code, "troubleshooting.md", "exec"), {})
+    parse_arguments([*options, "--model_name_or_path", "runs/merged"])
+    merged = AutoModelForCausalLM.from_pretrained("runs/merged")
     ids = torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(merged(ids).logits, adapted.eval()(ids).logits, atol=1e-4, rtol=1e-4)
-    assert AutoTokenizer.from_pretrained("runs/round1-merged").chat_template
-    # The page on troubleshooting says the same of another folder.
-    (shown,) = blocks(DOCS / "troubleshooting.md", "py")
-    assert shown == code.replace("runs/round1-merged", "runs/merged").replace("runs/round1", "runs/mine")
+    assert AutoTokenizer.from_pretrained("runs/merged").chat_template
 
 
 def test_the_prompt_set_of_the_page_is_one(tmp_path):
@@ -368,6 +365,10 @@ def test_languages_that_have_stop_words_are_named():
     (named,) = re.findall(r"Stop words are left out in ([\w\s,]+), in\s+others", (DOCS / "adapting.md").read_text())
     languages = {language for language in Stemmer.algorithms() if Analyzer(language).stopwords}
     assert set(re.split(r",\s+|\s+and\s+", named.lower())) == languages
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
@@ -581,7 +582,11 @@ def test_figures_that_are_repeated_are_those_of_the_results():
     assert overview["trained"] == [seeds[seed][1] for seed in ("42", "43", "44")]
 
     dense = rows_of(results, "The dense quickstart, three seeds")
-    assert f"{dense['42'][0]} untrained, {dense['42'][1]} trained" in readme
+    measured = rows_of(ROOT / "README.md", "What was measured")
+    none_dense = re.search(r"Without augmentation it is (0\.\d+)", text)[1]
+    for name, table, start in (("BM25", seeds, none), ("MiniLM", dense, none_dense)):
+        row = measured[f"quickstart, {name} ({start} without a model)"]
+        assert row == [", ".join(table[seed][column] for seed in ("42", "43", "44")) for column in (0, 1)]
     choosing = re.sub(r"\s+", " ", (DOCS / "choosing-a-recipe.md").read_text(encoding="utf-8"))
     for table in (seeds, dense):
         assert "→ " + ", ".join(table[seed][1] for seed in ("42", "43", "44")) in choosing
@@ -591,7 +596,7 @@ def test_figures_that_are_repeated_are_those_of_the_results():
     assert [evaluation["flat"], evaluation["best"]] == [bm25["flat"], bm25["best"]]
     assert f"has {rm3} over all 323" in re.sub(r"\s+", " ", (DOCS / "evaluation.md").read_text(encoding="utf-8"))
     flat = re.sub(r"\s+", " ", readme)
-    assert f"{bm25['flat'][0]} nDCG@10 with one field, {bm25['best'][0]} with two, {rm3} with RM3" in flat
+    assert f"with one field, with two, and RM3 | nDCG@10 {bm25['flat'][0]}, {bm25['best'][0]}, {rm3} |" in flat
 
     cost = rows_of(results, "The reward")
     exact, sampled, loops = (
@@ -599,7 +604,8 @@ def test_figures_that_are_repeated_are_those_of_the_results():
     )
     page = re.sub(r"\s+", " ", (DOCS / "the-reward.md").read_text(encoding="utf-8"))
     assert f"{exact} exact, {sampled} with 512 samples, {loops} with 512 samples in plain Python" in page
-    assert f"a whole batch as published {exact} on one core" in flat
+    assert f"exact rewards of a batch of 2,560 completions, one core | {exact} |" in flat
+    assert f"the same batch in plain Python with 512 samples, one core | {loops} |" in flat
 
 
 def test_citation_and_changelog_are_of_this_version():

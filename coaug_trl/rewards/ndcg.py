@@ -156,17 +156,8 @@ def exact_ndcg(
     for begin in range(0, len(rows), chunk):
         part = slice(begin, begin + chunk)
         row, column, gain = rows[part], columns[part], case_gain[part]
-        document = rollout_document[column]
-
-        beats = positions[row] < positions[row, column][:, None]
-        share = np.add.reduceat(beats, starts, axis=1, dtype=np.int32) / rollouts
-        share[np.arange(len(row)), document] = 0.0
-        discount, cost = _expected_discount(share, k)
-        own[row, column] = gain * discount
-
-        # What every column changes in the case's share of the row's value, added up over the cases of the row.
-        cost *= (gain / rollouts[document])[:, None]
-        change = cost[:, rollout_document] * (share[:, rollout_document] - beats)
+        own[row, column], change = _case_values(positions[row], column, gain, rollout_document, k)
+        # Added up over the cases of a row.
         first = np.flatnonzero(np.diff(row, prepend=-1))
         conditional[row[first]] += np.add.reduceat(change, first, axis=0)
 
@@ -174,6 +165,23 @@ def exact_ndcg(
     values = contribution.sum(axis=1)
     conditional += values[:, None] + own - contribution[:, rollout_document]
     return values, conditional
+
+
+def _case_values(
+    positions: np.ndarray, column: np.ndarray, gain: np.ndarray, rollout_document: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    What cases, each a relevant document under one rollout in the ranking of a row, add to their rows: the expected gain
+    of each, and what every column changes in it by being shown.
+    """
+    starts, rollouts = _documents(rollout_document)
+    document = rollout_document[column]
+    beats = positions < positions[np.arange(len(column)), column][:, None]
+    share = np.add.reduceat(beats, starts, axis=1, dtype=np.int32) / rollouts
+    share[np.arange(len(column)), document] = 0.0
+    discount, cost = _expected_discount(share, k)
+    cost *= (gain / rollouts[document])[:, None]
+    return gain * discount, cost[:, rollout_document] * (share[:, rollout_document] - beats)
 
 
 def _expected_discount(share: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -246,8 +254,6 @@ def sampled_ndcg(
             Number of draws, each of one rollout for every document.
         seed (`int` or `tuple[int, ...]`, *optional*, defaults to `0`):
             Seed of the draws; a tuple, such as a run's seed and its step, seeds by all its numbers.
-        ideal (`np.ndarray` of shape `(R,)`, *optional*):
-            Ideal DCG@k of each row, as in [`exact_ndcg`].
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: values of shape `(R,)` and conditional values of shape `(R, C)`, as
@@ -278,12 +284,7 @@ def sampled_ndcg(
     for begin in range(0, num_samples, chunk):
         size = min(chunk, num_samples - begin)
         drawn = starts + generator.integers(rollouts, size=(size, num_documents))
-        ndcg = np.zeros((num_rows, size))
-        for row in range(num_rows):
-            position = positions[row][drawn]
-            for document in np.flatnonzero(gains[row]):
-                beaten_by = np.count_nonzero(position < position[:, document, None], axis=1)
-                ndcg[row] += gains[row, document] * table[beaten_by] * retrieved[row][drawn[:, document]]
+        ndcg = _drawn_ndcg(drawn, positions, gains, table, retrieved)
         is_drawn = np.zeros((size, num_columns))
         np.put_along_axis(is_drawn, drawn, 1.0, axis=1)
         times_drawn += is_drawn.sum(axis=0)
@@ -293,6 +294,19 @@ def sampled_ndcg(
     values = total / num_samples
     conditional = np.where(times_drawn > 0, column_total / np.maximum(times_drawn, 1), values[:, None])
     return values, conditional
+
+
+def _drawn_ndcg(
+    drawn: np.ndarray, positions: np.ndarray, gains: np.ndarray, table: np.ndarray, retrieved: np.ndarray
+) -> np.ndarray:
+    """NDCG of each row, shape (rows, draws), when the columns of `drawn`, shape (draws, documents), are shown."""
+    ndcg = np.zeros((len(positions), len(drawn)))
+    for row in range(len(positions)):
+        position = positions[row][drawn]
+        for document in np.flatnonzero(gains[row]):
+            beaten_by = np.count_nonzero(position < position[:, document, None], axis=1)
+            ndcg[row] += gains[row, document] * table[beaten_by] * retrieved[row][drawn[:, document]]
+    return ndcg
 
 
 def sum_document_rewards(

@@ -12,7 +12,7 @@ from trl import ModelConfig, get_peft_config
 
 from ..data.collection import Collection
 from ..data.document import document_text
-from ..data.groups import CompositeGroups
+from ..data.groups import CompositeGroups, Group
 from ..policy.prompts import PromptSet
 from ..retrieval import Retriever
 from ..utils.errors import InputError
@@ -26,10 +26,10 @@ from .memory import (
     engine_memory,
     estimate_memory,
     least_gpu,
+    levers,
     peak_memory,
     read_architecture,
     training_flops,
-    ways_to_fit,
 )
 from .trainer import check_prompt_set, corpus_documents, refuse_vanishing_updates
 
@@ -71,52 +71,14 @@ def print_plan(
     """
     check_prompt_set(prompt_set, retriever, training_args)
     architecture, dtype = model_architecture(training_args, model_args)
-    groups = CompositeGroups(
-        train_collection,
-        training_args.queries_per_group,
-        training_args.group_size,
-        training_args.num_relevant,
-        training_args.groups_per_batch,
-        training_args.seed,
-    )
+    groups = print_batches(training_args, train_collection, eval_collection)
     retriever.fit(list(train_collection.corpus.values()))
-    batches = groups.groups_per_epoch // training_args.groups_per_batch
-    steps = batches * training_args.updates_per_batch * training_args.num_iterations
-    say(train_collection.summary())
-    if eval_collection is not None:
-        say(eval_collection.summary())
-    say(training_args.batch_summary)
-    say(
-        f"1 epoch = {batches:,} generation batches = {steps:,} optimizer steps; "
-        f"{groups.num_filled:,} queries come twice to fill the last batch"
-    )
-    say(
-        f"1 optimizer step on each of {training_args.world_size} processes = "
-        f"{training_args.gradient_accumulation_steps:,} × {training_args.per_device_train_batch_size} completions"
-    )
     say(f"retriever {retriever.config}, prompt set {prompt_set.hash} ({prompt_set.kind})")
-    if training_args.num_hard_negatives:
-        first, last = training_args.hard_negative_ranks
-        say(
-            f"hard negatives: up to {training_args.num_hard_negatives} a group, from ranks {first} to {last}; mined when "
-            "training starts, and not in the group below"
-        )
     if training_args.candidate_pool == "corpus":
         num_documents = len(corpus_documents(train_collection, retriever, prompt_set, training_args))
         source = training_args.augmentations or "the collection, not augmented"
         say(f"every query competes with {num_documents:,} documents; texts outside the batch: {source}")
-    group = groups[0]
-    if training_args.augment != "document":
-        query = train_collection.queries[group.queries[0]]
-        say(f"first query prompt: {prompt_set.prompt('query', query, tokenizer)}")
-    if training_args.augment != "query":
-        documents, num_cut = prompt_set.truncate(
-            [document_text(train_collection.corpus[document_id]) for document_id in group.documents], tokenizer
-        )
-        say(
-            f"first group: {len(documents)} document prompts, {num_cut} of them cut to "
-            f"{prompt_set.max_document_tokens} tokens"
-        )
+    print_prompts(groups[0], training_args, train_collection, prompt_set, tokenizer)
     run = Run(
         training_args,
         prompt_tokens=longest_prompt(training_args.augment, train_collection, prompt_set, tokenizer),
@@ -128,8 +90,69 @@ def print_plan(
     )
     check_run(run)
     say(f"\n{model_summary(model_args, architecture)}")
-    print_tokens(training_args, architecture, run, steps)
+    print_tokens(training_args, architecture, run, steps_per_epoch(groups, training_args))
     print_memory(architecture, run, gpu_bytes(script_args.gpu_memory_gib))
+
+
+def steps_per_epoch(groups: CompositeGroups, training_args: CoAugConfig) -> int:
+    """Optimizer steps of an epoch."""
+    batches = groups.groups_per_epoch // training_args.groups_per_batch
+    return batches * training_args.updates_per_batch * training_args.num_iterations
+
+
+def print_batches(
+    training_args: CoAugConfig, train_collection: Collection, eval_collection: Collection | None
+) -> CompositeGroups:
+    """Prints the collections and the batch arithmetic, and returns the groups, without hard negatives."""
+    groups = CompositeGroups(
+        train_collection,
+        training_args.queries_per_group,
+        training_args.group_size,
+        training_args.num_relevant,
+        training_args.groups_per_batch,
+        training_args.seed,
+    )
+    say(train_collection.summary())
+    if eval_collection is not None:
+        say(eval_collection.summary())
+    say(training_args.batch_summary)
+    batches = groups.groups_per_epoch // training_args.groups_per_batch
+    say(
+        f"1 epoch = {batches:,} generation batches = {steps_per_epoch(groups, training_args):,} optimizer steps; "
+        f"{groups.num_filled:,} queries come twice to fill the last batch"
+    )
+    say(
+        f"1 optimizer step on each of {training_args.world_size} processes = "
+        f"{training_args.gradient_accumulation_steps:,} × {training_args.per_device_train_batch_size} completions"
+    )
+    if training_args.num_hard_negatives:
+        first, last = training_args.hard_negative_ranks
+        say(
+            f"hard negatives: up to {training_args.num_hard_negatives} a group, from ranks {first} to {last}; mined when "
+            "training starts, and not in the group below"
+        )
+    return groups
+
+
+def print_prompts(
+    group: Group,
+    training_args: CoAugConfig,
+    collection: Collection,
+    prompt_set: PromptSet,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Prints the first prompts of a group."""
+    if training_args.augment != "document":
+        query = collection.queries[group.queries[0]]
+        say(f"first query prompt: {prompt_set.prompt('query', query, tokenizer)}")
+    if training_args.augment != "query":
+        documents, num_cut = prompt_set.truncate(
+            [document_text(collection.corpus[document_id]) for document_id in group.documents], tokenizer
+        )
+        say(
+            f"first group: {len(documents)} document prompts, {num_cut} of them cut to "
+            f"{prompt_set.max_document_tokens} tokens"
+        )
 
 
 def model_architecture(training_args: CoAugConfig, model_args: ModelConfig) -> tuple[Architecture, torch.dtype]:
@@ -282,23 +305,10 @@ def print_memory(architecture: Architecture, run: Run, gpu: int | None) -> None:
     smallest = "none, vLLM gets all of it or nothing" if math.isinf(least) else f"{math.ceil(least / GIB)} GiB"
     say(f"peak: {peak}; the smallest GPU it fits on: {smallest}")
     if gpu is None:
-        say("--gpu_memory_gib N says whether it fits on a GPU of N GiB, and what to change if not")
+        say("--gpu_memory_gib N says whether it fits on a GPU of N GiB, and what needs less if not")
     elif least <= gpu:
         say(f"fits on a GPU of {gpu / GIB:g} GiB")
     else:
-        print_ways_to_fit(architecture, run, gpu)
-
-
-def print_ways_to_fit(architecture: Architecture, run: Run, gpu: int) -> None:
-    """Prints single changes with what each saves, for a run that does not fit."""
-    before = peak_memory(architecture, run, gpu)
-    changes = ways_to_fit(architecture, run, gpu)
-    say(f"does not fit on a GPU of {gpu / GIB:g} GiB. What would help, each by itself:")
-    for text, *changed in changes:
-        peak = peak_memory(*changed, gpu)
-        saving = (
-            f"saves {(before - peak) / GIB:.1f} GiB" if peak < before else f"takes {(peak - before) / GIB:.1f} GiB"
-        )
-        say(f"  {text}: {saving}, {peak / GIB:.1f} GiB{', fits' if least_gpu(*changed) <= gpu else ''}")
-    if not any(least_gpu(*changed) <= gpu for _, *changed in changes):
-        say("none of these is enough by itself: take several, a smaller model or a larger GPU")
+        say(f"does not fit on a GPU of {gpu / GIB:g} GiB. What needs less memory; try each by another dry run:")
+        for line in levers(architecture, run):
+            say(f"  {line}")

@@ -7,10 +7,9 @@ gated MLP), which holds for Llama, Qwen and their relatives within a few percent
 beside them is a flat guess.
 """
 
-import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -63,10 +62,6 @@ class Architecture:
     query_key_norm: bool  # whether queries and keys are normalised, as in Qwen3
     adapter: bool = False  # whether an adapter is trained and the rest is not
 
-    def with_lora(self, rank: int = 16) -> "Architecture":
-        """The same model with a LoRA adapter of this rank on all linear modules but the LM head."""
-        return replace(self, trainable=rank * self.linear_widths, adapter=True)
-
 
 def empty_model(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """
@@ -118,13 +113,6 @@ class Run:
     sharding: str = "none"  # or "ddp", "fsdp2", "zero1", "zero2", "zero3"
     num_processes: int = 1  # each with one GPU
     encoder: int = 0  # bytes of a dense retriever's
-
-    def with_settings(self, **settings) -> "Run":
-        """The same run with other settings."""
-        args = copy.copy(self.args)
-        for name, value in settings.items():
-            setattr(args, name, value)
-        return replace(self, args=args)
 
     @property
     def batch_size(self) -> int:
@@ -231,12 +219,6 @@ def _phases(architecture: Architecture, run: Run) -> tuple[int, int]:
     return tuple(
         sum(part.size for part in parts if part.phase in ("always", phase)) for phase in ("generation", "training")
     )
-
-
-def engine_starts(architecture: Architecture, run: Run, gpu: int) -> bool:
-    """Whether vLLM has enough of the training GPU, where it is there."""
-    share = run.args.vllm_gpu_memory_utilization
-    return run.generation != "colocate" or share * gpu >= engine_memory(architecture, run)
 
 
 def engine_memory(architecture: Architecture, run: Run) -> int:
@@ -377,68 +359,23 @@ def training_flops(architecture: Architecture, run: Run, rows: int) -> float:
     return factor * rows * run.length * architecture.parameters
 
 
-def ways_to_fit(architecture: Architecture, run: Run, gpu: int) -> list[tuple[str, Architecture, Run]]:
-    """
-    What to set so that a run that does not fit needs less memory, and model and settings with it; those that save most
-    first. Each by itself saves more than one percent of the GPU's memory, makes the run fit or lets vLLM start.
-    """
-    before, starts = peak_memory(architecture, run, gpu), engine_starts(architecture, run, gpu)
-    return sorted(
-        (
-            (text, *changed)
-            for text, *changed in _changes(architecture, run, gpu)
-            if before - peak_memory(*changed, gpu) > gpu / 100
-            or least_gpu(*changed) <= gpu
-            or (not starts and engine_starts(*changed, gpu))
-        ),
-        key=lambda change: peak_memory(*change[1:], gpu),
-    )
-
-
-def _changes(architecture: Architecture, run: Run, gpu: int) -> Iterator[tuple[str, Architecture, Run]]:
+def levers(architecture: Architecture, run: Run) -> list[str]:
+    """What to set so that a run needs less memory, a line each, the cheapest first."""
     args = run.args
-
-    def settings(text: str, **changed) -> tuple[str, Architecture, Run]:
-        return text, architecture, run.with_settings(**changed)
-
-    if run.batch_size > 1:
-        size = next(size for size in range(run.batch_size // 2, 0, -1) if run.batch_size % size == 0)
-        yield settings(f"per_device_train_batch_size: {size}", per_device_train_batch_size=size)
-    if not args.gradient_checkpointing:
-        yield settings("gradient_checkpointing: true", gradient_checkpointing=True)
-    shorter = args.max_completion_length // 2
-    if shorter >= 64:
-        yield settings(f"max_completion_length: {shorter}", max_completion_length=shorter)
-    if not architecture.adapter:
-        text = "use_peft: true with dtype: bfloat16 and learning_rate: 2e-5 (LoRA)"
-        yield text, architecture.with_lora(), replace(run, weight_bytes=2)
-    elif not run.quantized:
-        text, changed = "load_in_4bit: true", replace(run, quantized=4)
-        if args.use_vllm:  # TRL cannot hand quantized weights to vLLM, and generate wants small batches
-            text += f" with use_vllm: false and groups_per_batch: {run.num_processes}"
-            changed = changed.with_settings(use_vllm=False, groups_per_batch=run.num_processes)
-        yield f"{text} (QLoRA)", architecture, changed
-    if run.sharding in ("none", "ddp") and not run.quantized:  # quantized weights cannot be sharded
-        processes = max(8, run.num_processes)
-        for sharding in ("fsdp2",) if run.penalizes else ("fsdp2", "zero3"):
-            text = f"--config_file recipes/accelerate_configs/{sharding}.yaml, {processes} GPUs"
-            yield text, architecture, replace(run, sharding=sharding, num_processes=processes)
-    if run.generation == "transformers":
-        if run.prefill_tokens > PREFILL_CHUNK:
-            chunked = {**(args.generation_kwargs or {}), "prefill_chunk_size": PREFILL_CHUNK}
-            text = f"generation_kwargs: {{prefill_chunk_size: {PREFILL_CHUNK}}}"
-            yield settings(text, generation_kwargs=chunked)
-        groups = args.groups_per_batch // run.num_processes // 2 * run.num_processes
-        if groups:
-            yield settings(f"groups_per_batch: {groups}", groups_per_batch=groups)
-        if not run.quantized:
-            yield settings("use_vllm: true", use_vllm=True, vllm_mode="colocate")
-    if run.generation == "colocate":
-        yield settings("vllm_mode: server, on another GPU", vllm_mode="server")
-        if not args.vllm_enable_sleep_mode:
-            yield settings("vllm_enable_sleep_mode: true", vllm_enable_sleep_mode=True)
-        share = -(-engine_memory(architecture, run) * 100 // gpu) / 100  # in whole percent, upwards
-        if share < 1 and share != args.vllm_gpu_memory_utilization:
-            why = "slower" if share < args.vllm_gpu_memory_utilization else "to start at all"
-            text = f"vllm_gpu_memory_utilization: {share:.2f} (what vLLM needs, {why})"
-            yield settings(text, vllm_gpu_memory_utilization=share)
+    colocate, transformers = run.generation == "colocate", run.generation == "transformers"
+    unshared = run.sharding in ("none", "ddp") and not run.quantized  # quantized weights cannot be sharded
+    lines = {
+        "gradient_checkpointing: true": not args.gradient_checkpointing,
+        "a lower per_device_train_batch_size; the generation batch stays as it is": run.batch_size > 1,
+        "a lower max_completion_length": True,
+        "vllm_enable_sleep_mode: true": colocate and not args.vllm_enable_sleep_mode,
+        "a vllm_gpu_memory_utilization that gives vLLM what it needs, and no more": colocate,
+        "vllm_mode: server, on another GPU": colocate,
+        "use_vllm: true, or a lower groups_per_batch": transformers and not run.quantized,
+        f"generation_kwargs: {{prefill_chunk_size: {PREFILL_CHUNK}}}": transformers
+        and run.prefill_tokens > PREFILL_CHUNK,
+        "use_peft: true with dtype: bfloat16 and learning_rate: 2e-5 (LoRA)": not architecture.adapter,
+        "load_in_4bit: true with use_vllm: false (QLoRA)": architecture.adapter and not run.quantized,
+        "--config_file recipes/accelerate_configs/fsdp2.yaml, on several GPUs": unshared,
+    }
+    return [line for line, applies in lines.items() if applies]

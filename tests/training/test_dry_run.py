@@ -150,19 +150,11 @@ def test_memory_that_suffices_and_memory_that_does_not(plan, large):
     least = int(re.search(r"smallest GPU it fits on: (\d+) GiB", plan(**changes))[1])
     assert "--gpu_memory_gib N" in plan(**changes)
     enough, too_little = (plan(**changes, gpu_memory_gib=size) for size in (least, least - 1))
-    assert f"fits on a GPU of {least} GiB" in enough and "What would help" not in enough
+    assert f"fits on a GPU of {least} GiB" in enough and "What needs less" not in enough
     assert f"does not fit on a GPU of {least - 1} GiB" in too_little
     printed = plan(**changes, gpu_memory_gib=24)
-    for change in (
-        "per_device_train_batch_size: 3",
-        "gradient_checkpointing: true",
-        "use_peft: true",
-        "accelerate_configs/fsdp2.yaml, 8 GPUs",
-        "accelerate_configs/zero3.yaml, 8 GPUs",
-    ):
-        assert re.search(rf"^  .*{change}.*: saves [0-9.]+ GiB, [0-9.]+ GiB", printed, flags=re.MULTILINE), change
-    assert ("none of these is enough" in printed) == (", fits\n" not in printed)
-    assert "none of these is enough by itself" in plan(**changes, gpu_memory_gib=2)
+    for change in ("per_device_train_batch_size", "gradient_checkpointing: true", "use_peft: true", "fsdp2.yaml"):
+        assert re.search(rf"^  .*{change}", printed, flags=re.MULTILINE), change
 
 
 def test_the_engine_is_a_share_of_the_gpu(plan, large):
@@ -172,7 +164,7 @@ def test_the_engine_is_a_share_of_the_gpu(plan, large):
     assert gib(printed, "vLLM") == 20 and "fits on a GPU of 80 GiB" in printed
     printed = plan(**changes, **lora, vllm_gpu_memory_utilization=0.1, gpu_memory_gib=80)
     assert "does not fit" in printed
-    assert re.search(r"vllm_gpu_memory_utilization: 0\.2.*\(what vLLM needs, to start at all\).*fits", printed)
+    assert re.search(r"vLLM .*10% of|vLLM .*; needs [0-9.]+ GiB for weights", printed)
     assert "on other GPUs" in plan(**changes, **lora, vllm_mode="server")
     assert "fits on: none, vLLM gets all of it or nothing" in plan(**changes, **lora, vllm_gpu_memory_utilization=1.0)
 

@@ -536,18 +536,6 @@ def test_contributing_names_every_room():
     assert set(re.findall(r"^\| `(\w+)/` \|", text, re.MULTILINE)) == rooms()
 
 
-def test_contributing_names_the_hooks_of_the_trainer():
-    from trl import GRPOTrainer
-
-    from coaug_trl import CoAugTrainer
-
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`(_?[a-z_]+)`", "".join(re.findall(r"^\| `_?[a-z_]+`.*$", text, re.MULTILINE))))
-    for name in named & set(dir(CoAugTrainer)):
-        assert hasattr(GRPOTrainer, name), name
-    assert {"_get_train_sampler", "_calculate_rewards", "_generate_and_score_completions", "evaluation_loop"} <= named
-
-
 def rows_of(path: Path, heading: str) -> dict[str, list[str]]:
     """The first table under a heading: the cells of each row by its first cell, without emphasis."""
     section = path.read_text(encoding="utf-8").partition(f"## {heading}\n")[2].partition("\n## ")[0]

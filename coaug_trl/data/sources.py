@@ -239,7 +239,7 @@ class IrDataset:
         try:
             import ir_datasets
         except ModuleNotFoundError as error:
-            raise InputError(f'{name} needs ir_datasets: pip install "coaug-trl[irds]"') from error
+            raise InputError(f'{name} needs ir_datasets: pip install ".[irds]"') from error
 
         self.name = name
         base = name.removeprefix("irds:")

@@ -187,7 +187,7 @@ def _check_packages() -> None:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise InputError(f'The report needs {error.name}: pip install "coaug-trl[report]".') from None
+        raise InputError(f'The report needs {error.name}: pip install ".[report]".') from None
 
 
 def _find_augmentations(folder: Path) -> list[Path]:

@@ -27,7 +27,7 @@ try:
     # After torch: both bring an OpenMP runtime, and the other order has crashed.
     import faiss  # isort: skip
 except ImportError as error:
-    raise InputError(f'Dense retrieval needs more packages ({error}): pip install "coaug-trl[dense]".') from None
+    raise InputError(f'Dense retrieval needs more packages ({error}): pip install ".[dense]".') from None
 
 
 logger = logging.getLogger(__name__)

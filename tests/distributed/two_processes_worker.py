@@ -168,7 +168,14 @@ def main():
         "num_processes": state.num_processes,
         "rewards": rewards(given, output_dir, state.process_index, state.num_processes),
         "evaluation": evaluate(given, output_dir / "evaluation"),
-        "training": train_and_resume(given, output_dir / "training", [2, 3, 5, 6], max_steps=7, max_document_tokens=5),
+        "training": train_and_resume(
+            given,
+            output_dir / "training",
+            [2, 3, 5, 6],
+            max_steps=7,
+            max_document_tokens=5,
+            bm25_statistics="original",
+        ),
         "iterations": train_and_resume(
             given,
             output_dir / "iterations",

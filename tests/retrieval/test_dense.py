@@ -572,8 +572,4 @@ def test_missing_packages_are_named():
         "except InputError as error:\n    print(error)"
     )
     done = run_python(code)
-    assert (
-        done.returncode == 0
-        and 'pip install ".[dense]"' in done.stdout
-        and "sentence_transformers" in done.stdout
-    )
+    assert done.returncode == 0 and 'pip install ".[dense]"' in done.stdout and "sentence_transformers" in done.stdout

@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Public names and where they live. Loaded on first use, so that `import coaug_trl` does not import torch.
 _PUBLIC = {

@@ -35,7 +35,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--retriever", choices=["bm25", "dense"], help=UNTRAINED.format("bm25"))
     parser.add_argument("--prompt_set", metavar="FILE", help=UNTRAINED.format("the package's"))
     parser.add_argument("--max_new_tokens", type=int, help=UNTRAINED.format("512"))
-    parser.add_argument("--repetition_penalty", type=float, help=UNTRAINED.format("1.2"))
     _add_engine(parser)
     parser.add_argument(
         "--retry_incomplete",
@@ -61,9 +60,6 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         "--server", metavar="URL", help="server with the OpenAI protocol that generates instead, such as vllm serve M"
     )
     parser.add_argument(
-        "--server_concurrency", type=int, default=64, metavar="N", help="requests to the server at once; default: 64"
-    )
-    parser.add_argument(
         "--batch_size", type=int, default=32, help="texts generated for at once by transformers; default: 32"
     )
     parser.add_argument(
@@ -71,9 +67,6 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "float32", "bfloat16", "float16"],
         default="auto",
         help="of the weights, for vllm and transformers; default: as they are saved",
-    )
-    parser.add_argument(
-        "--gpu_memory_utilization", type=float, metavar="SHARE", help="of the GPU's memory, for vllm; default: 0.9"
     )
 
 
@@ -138,7 +131,5 @@ def _augmenter(options: argparse.Namespace) -> "Augmenter":
         revision=options.revision,
         engine=options.engine or best_engine(),
         server=options.server,
-        server_concurrency=options.server_concurrency,
         dtype=options.dtype,
-        gpu_memory_utilization=options.gpu_memory_utilization,
     )

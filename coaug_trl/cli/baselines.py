@@ -33,7 +33,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="systems to run; default: all")
     add_retriever(parser)
     parser.add_argument("--max_new_tokens", type=int, help="longest answer of the model, in tokens; default: 512")
-    parser.add_argument("--repetition_penalty", type=float, help="of the model; default: 1.2")
     parser.add_argument("--batch_size", type=int, default=32, help="texts generated for at once; default: 32")
     add_run(parser)
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of augmentations and evaluations")

@@ -77,9 +77,7 @@ def generation_settings(options: argparse.Namespace) -> "GenerationSettings | No
     """The generation settings given for an untrained model, if any."""
     from ..policy.settings import GenerationSettings
 
-    settings = {"max_new_tokens": options.max_new_tokens, "repetition_penalty": options.repetition_penalty}
-    given = {name: value for name, value in settings.items() if value is not None}
-    return GenerationSettings(**given) if given else None
+    return GenerationSettings(options.max_new_tokens) if options.max_new_tokens is not None else None
 
 
 def augmented_and_retriever(

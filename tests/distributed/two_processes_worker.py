@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,6 +37,22 @@ class RecordingTrainer(CoAugTrainer):
         return output
 
 
+class GivenAnswers(RecordingTrainer):
+    """Writes the answer that is given for the text in a prompt."""
+
+    def __init__(self, *args, answers=(), **kwargs):
+        self.answers = answers
+        super().__init__(*args, **kwargs)
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):
+        completions = []
+        for prompt in self._tokenizer.batch_decode(prompt_ids):
+            (answer,) = {answer for text, answer in self.answers if text in prompt}
+            text = f"<answer>{answer}</answer>{self._tokenizer.eos_token}"
+            completions.append(self._tokenizer(text, add_special_tokens=False).input_ids)
+        return completions, None
+
+
 class FailsOnTheSecondProcess(BM25Retriever):
     def score(self, queries, documents):
         if PartialState().process_index == 1:
@@ -43,14 +60,14 @@ class FailsOnTheSecondProcess(BM25Retriever):
         return super().score(queries, documents)
 
 
-def build(given, output_dir, model=None, retriever=None, **changes):
+def build(given, output_dir, trainer=RecordingTrainer, retriever=None, **changes):
     collection = Collection.load(given["collection"])
     prompt_set = PromptSet(
         "sparse", "query:", "document:", max_document_tokens=changes.pop("max_document_tokens", 512)
     )
     args = CoAugConfig(output_dir=str(output_dir), **{**given["settings"], **changes})
-    return RecordingTrainer(
-        model or given["model"],
+    return trainer(
+        given["model"],
         args,
         collection,
         retriever or BM25Retriever(),
@@ -111,7 +128,8 @@ def rewards(given, output_dir, process=0, num_processes=1) -> dict[str, list[flo
 
 
 def evaluate(given, output_dir) -> dict[str, float]:
-    return build(given, output_dir, model=given["expanding_model"], eval_corpus_size=31).evaluate()
+    trainer = partial(GivenAnswers, answers=given["dev_answers"])
+    return build(given, output_dir, trainer, eval_corpus_size=31).evaluate()
 
 
 def train_and_resume(given, output_dir, steps, **changes) -> dict:

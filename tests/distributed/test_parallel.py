@@ -105,7 +105,10 @@ def test_a_step_is_that_of_one_process_and_changes_every_parameter(two, one, unt
     for key, weight in final.items():
         assert not torch.equal(weight, untrained[key]), key
         step = (alone[key] - untrained[key]).abs().max()
-        assert (weight - alone[key]).abs().max() < 1e-3 * step, key
+        # No float32 weight can come nearer than the spacing of such numbers: keys' biases hardly move, since they
+        # shift all attention scores of a query alike.
+        spacing = torch.finfo(torch.float32).eps * weight.abs().max()
+        assert (weight - alone[key]).abs().max() < 1e-3 * step + spacing, key
 
 
 def test_the_saved_model_loads_and_is_the_trained_one(two):

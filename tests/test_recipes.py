@@ -1,6 +1,7 @@
 """The recipes: each passes a dry run of its real architecture, and trains a tiny model of the same family."""
 
 import copy
+import dataclasses
 import functools
 import json
 import math
@@ -49,6 +50,41 @@ RECIPES = {
     if "output_dir" in yaml.safe_load(path.read_text(encoding="utf-8"))
 }
 RECIPE = {name: yaml.safe_load(path.read_text(encoding="utf-8")) for name, path in RECIPES.items()}
+CHOOSING = (ROOT / "docs/choosing-a-recipe.md").read_text(encoding="utf-8")
+SIZE_SETTINGS = ("learning_rate", "max_completion_length", "vllm_max_model_length", "per_device_train_batch_size")
+# Rows of the page's table of sizes: the model, the settings, then the least GPU in GiB for BM25 and for an encoder.
+SIZES = {
+    model: {**dict(zip(SIZE_SETTINGS, settings.split(" | "), strict=True)), "lora": lora, "full": full}
+    for model, settings, lora, full in re.findall(
+        r"^\| `(Qwen/\S+)` \| (.+) \| (\d+, \d+ GiB) \| (\d+, \d+ GiB(?:, 8 GPUs)?) \|$", CHOOSING, re.MULTILINE
+    )
+}
+
+
+def stated_options(start):
+    """Options that the page gives in one piece of code, by name."""
+    options = re.search(rf"`({start} [^`]*)`", CHOOSING)[1].split()
+    return {option.removeprefix("--"): value for option, value in zip(options[::2], options[1::2], strict=True)}
+
+
+def variants():
+    """Runs of the page's table of sizes and its notes: name, recipe to start from, and what the command line changes."""
+    for model, row in SIZES.items():
+        size = {"model_name_or_path": model, **{name: row[name] for name in SIZE_SETTINGS}}
+        kept = {key: size[key] for key in size.keys() - {"learning_rate", "per_device_train_batch_size"}}
+        all_weights = stated_options("--use_peft false")
+        yield f"{model} bm25", "nfcorpus/qwen2.5-7b-bm25", size
+        yield f"{model} dense", "nfcorpus/qwen2.5-7b-dense", size
+        yield f"{model} bm25 full", "nfcorpus/qwen2.5-7b-bm25-full", kept
+        yield f"{model} dense full", "nfcorpus/qwen2.5-7b-dense", {**kept, **all_weights}
+    yield "qlora dense", "nfcorpus/qwen2.5-7b-bm25-qlora", stated_options("--retriever dense")
+
+
+BASE = {name: (name, {}) for name in RECIPES}
+for name, recipe, changes in variants():
+    BASE[name] = (recipe, changes)
+    RECIPE[name] = {**RECIPE[recipe], **{field: yaml.safe_load(value) for field, value in changes.items()}}
+VARIANTS = [name for name in BASE if name not in RECIPES]
 # Sizes as the models' own configurations have them.
 ARCHITECTURES = {
     "Qwen/Qwen2.5-0.5B-Instruct": ("qwen2", 896, 4864, 24, 14, 2, 64, 151936, True),
@@ -70,9 +106,9 @@ TRAIN_QUERIES = {"BeIR/nfcorpus": 2590}
 BGE_BASE_BYTES = 4 * 109_482_240 + 64 * 512 * 768 * (2 * 4 + 6) * 4
 # One of each kind; the rest trains in `make test-slow`.
 FAST = [
-    "nfcorpus/qwen2.5-0.5b-dense-full",
+    "Qwen/Qwen2.5-0.5B-Instruct dense full",
     "nfcorpus/qwen2.5-7b-bm25-qlora",
-    "nfcorpus/qwen3-4b-dense",
+    "Qwen/Qwen3-4B-Instruct-2507 dense",
 ]
 
 
@@ -124,11 +160,13 @@ def tiny_models(tiny_model, collection, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def run(beir_folder, tmp_path, capsys, monkeypatch):
-    """Runs `coaug train` on a recipe with changes; returns what it printed."""
+    """Runs `coaug train` on a recipe or a variant of one, with changes; returns what it printed."""
     monkeypatch.chdir(ROOT)  # recipes name files from there
 
     def run(name, **changes) -> str:
+        recipe, own_changes = BASE[name]
         replaced = {
+            **own_changes,
             "collection": beir_folder,
             "encoder": ENCODER,
             "embedding_cache": tmp_path / "embeddings",
@@ -137,7 +175,7 @@ def run(beir_folder, tmp_path, capsys, monkeypatch):
         }
         arguments = [str(part) for field, value in replaced.items() for part in (f"--{field}", value)]
         capsys.readouterr()
-        code = main(["train", "--config", str(RECIPES[name]), *arguments])
+        code = main(["train", "--config", str(RECIPES[recipe]), *arguments])
         printed = capsys.readouterr()
         assert code == 0, printed.err
         return printed.out
@@ -145,23 +183,38 @@ def run(beir_folder, tmp_path, capsys, monkeypatch):
     return run
 
 
-def test_there_is_a_recipe_for_each_size_and_retriever():
-    names = {
-        f"nfcorpus/qwen2.5-{size}-{retriever}{suffix}"
-        for size in ("0.5b", "1.5b", "3b", "7b")
-        for retriever in ("bm25", "dense")
-        for suffix in ("", "-full", *(("-qlora",) if size == "7b" else ()))
-    }
-    assert names | {"nfcorpus/qwen3-4b-bm25", "nfcorpus/qwen3-4b-dense", "quickstart"} <= RECIPES.keys()
-    for name, settings in RECIPE.items():
+def test_there_is_a_recipe_or_a_row_for_each_size_and_retriever():
+    assert SIZES.keys() == ARCHITECTURES.keys()
+    for kind in ("bm25", "dense", "bm25-full", "bm25-qlora", "bm25-server", "bm25-paper", "bm25-as-published"):
+        assert f"nfcorpus/qwen2.5-7b-{kind}" in RECIPES
+    assert {"nfcorpus/qwen2.5-0.5b-bm25", "quickstart", "quickstart-dense"} <= RECIPES.keys()
+    for name in RECIPES:
+        settings = RECIPE[name]
         assert name.endswith("-full") <= (not settings.get("use_peft")), name
         assert name.endswith("-qlora") == settings.get("load_in_4bit", False), name
         assert settings["output_dir"] == f"runs/{name.replace('/', '-')}" or name.startswith("quickstart")
         assert settings["retriever"] in name or name.startswith("quickstart"), name
 
 
+def test_the_table_of_sizes_says_what_the_recipes_say():
+    header = (
+        "| `model_name_or_path` | " + " | ".join(f"`{name}`" for name in SIZE_SETTINGS) + " | LoRA | all weights |"
+    )
+    assert header in CHOOSING
+    for size, model in (("0.5b", "Qwen/Qwen2.5-0.5B-Instruct"), ("7b", "Qwen/Qwen2.5-7B-Instruct")):
+        recipe = RECIPE[f"nfcorpus/qwen2.5-{size}-bm25"]
+        assert {**RECIPE[f"{model} bm25"], "output_dir": recipe["output_dir"]} == recipe
+    assert RECIPE["Qwen/Qwen2.5-7B-Instruct dense"] == RECIPE["nfcorpus/qwen2.5-7b-dense"]
+    full = RECIPE["nfcorpus/qwen2.5-7b-bm25-full"]
+    assert RECIPE["Qwen/Qwen2.5-7B-Instruct bm25 full"] == full
+    dense_full = RECIPE["Qwen/Qwen2.5-7B-Instruct dense full"]
+    for name in ("dtype", "learning_rate", "per_device_train_batch_size"):
+        assert dense_full[name] == full[name]
+
+
 def test_curves_go_to_this_machine_alone():
-    for name, settings in RECIPE.items():
+    for name in RECIPES:
+        settings = RECIPE[name]
         assert settings["report_to"] == ("none" if name.startswith("quickstart") else "trackio"), name
         assert not settings.keys() & {"trackio_space_id", "trackio_static_space_id", "trackio_bucket_id"}, name
 
@@ -169,7 +222,7 @@ def test_curves_go_to_this_machine_alone():
 # Dry run
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", RECIPE)
 def test_a_dry_run_of_the_real_architecture(name, run, real_models, tiny_model):
     model = RECIPE[name]["model_name_or_path"]
     printed = run(name, model_name_or_path=real_models.get(model, tiny_model), dry_run="true")
@@ -188,8 +241,11 @@ def test_a_dry_run_of_the_real_architecture(name, run, real_models, tiny_model):
 
 @functools.cache
 def settings_of(name):
-    """The recipe, parsed."""
-    _, training_args, model_args = parse_arguments(["--config", str(RECIPES[name]), "--use_cpu", "true"])
+    """The recipe, or the variant of one, parsed."""
+    recipe, changes = BASE[name]
+    options = [part for field, value in changes.items() for part in (f"--{field}", value)]
+    arguments = ["--config", str(RECIPES[recipe]), "--use_cpu", "true", *options]
+    _, training_args, model_args = parse_arguments(arguments)
     return training_args, model_args
 
 
@@ -198,12 +254,16 @@ def head_of(name):
 
 
 def estimated(name):
-    """Architecture and run that the head comment of a recipe is about."""
+    """Architecture and run that the head comment of a recipe, or a row of the table of sizes, is about."""
     training_args, model_args = settings_of(name)
     architecture = sizes_of(RECIPE[name]["model_name_or_path"])
     if model_args.use_peft:
-        architecture = architecture.with_lora(model_args.lora_r)
-    sharded = "Meant for 8 GPUs" in head_of(name)
+        widths = model_args.lora_r * architecture.linear_widths
+        architecture = dataclasses.replace(architecture, trainable=widths, adapter=True)
+    if name in RECIPES:
+        sharded = "Meant for 8 GPUs" in head_of(name)
+    else:
+        sharded = name.endswith("full") and "8 GPUs" in SIZES[RECIPE[name]["model_name_or_path"]]["full"]
     return architecture, Run(
         training_args,
         prompt_tokens=PROMPT_TOKENS,
@@ -241,7 +301,18 @@ def test_the_head_comment_says_what_a_dry_run_says(name):
         assert f" {seconds * steps / 3600:.1f} h an epoch at {TFLOPS} TFLOP/s a GPU" in head
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_table_and_its_notes_say_what_a_dry_run_says(name):
+    if name == "qlora dense":
+        stated = re.search(r"runs/embeddings`\.\s+It takes (\d+) GiB", CHOOSING)[1]
+    else:
+        row = SIZES[RECIPE[name]["model_name_or_path"]]["full" if name.endswith("full") else "lora"]
+        stated = re.match(r"(\d+), (\d+) GiB", row)[1 if RECIPE[name]["retriever"] == "bm25" else 2]
+    architecture, run = estimated(name)
+    assert math.ceil(least_gpu(architecture, run) / GIB) == int(stated)
+
+
+@pytest.mark.parametrize("name", [*LARGE, *VARIANTS])
 def test_prompts_and_completions_fit_into_the_engine(name):
     _, run = estimated(name)
     check_run(run)
@@ -254,17 +325,16 @@ def test_prompts_and_completions_fit_into_the_engine(name):
 PROCESSES = [1, 2, 4, 8, *(8 * int(n) for n in re.findall(r"--nodes[ =](\d+)", SLURM.read_text(encoding="utf-8")))]
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", [*LARGE, *VARIANTS])
 def test_the_batch_fits_every_number_of_processes_it_is_said_to_fit(name):
     assert set(PROCESSES) == {1, 2, 4, 8, 16, 32}
-    head = head_of(name)
     training_args, model_args = settings_of(name)
     for processes in PROCESSES:
         args = copy.copy(training_args)
         args.generation_batch_size = args.steps_per_generation = None
         args.gradient_accumulation_steps = 1
         if model_args.load_in_4bit:
-            assert "--groups_per_batch N for N GPUs" in head
+            assert "--groups_per_batch N for N GPUs" in head_of(name)
             args.groups_per_batch = max(processes, args.groups_per_batch)
         args._derive_batches(processes)  # raises where they cannot share it
         assert args.gradient_accumulation_steps >= 1
@@ -313,7 +383,7 @@ def tiny_settings(name, tiny_models):
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES],
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in RECIPE],
 )
 def test_a_tiny_model_of_the_same_family_trains_two_steps(name, run, tiny_models, tmp_path):
     changes = tiny_settings(name, tiny_models)
@@ -337,7 +407,7 @@ def test_a_tiny_model_of_the_same_family_trains_two_steps(name, run, tiny_models
 
 
 def test_the_fast_ones_are_of_each_kind():
-    assert set(FAST) <= RECIPES.keys()
+    assert set(FAST) <= RECIPE.keys()
     assert {RECIPE[name]["retriever"] for name in FAST} == {"bm25", "dense"}
     assert {RECIPE[name].get("use_peft", False) for name in FAST} == {True, False}
     assert {ARCHITECTURES[RECIPE[name]["model_name_or_path"]][0] for name in FAST} == {"qwen2", "qwen3"}

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..evaluation.comparison import Cell, Table
 from ..rewards.ndcg import exact_ndcg_rewards, sampled_ndcg_rewards
 from ..utils.errors import InputError
 from ..utils.files import write_json
+from ..utils.tables import Table
 
 
 # Error of the sampled reward
@@ -197,7 +197,7 @@ def errors_table(rows: Sequence[RewardError], title: str) -> Table:
         + [f"{row.sampled_seconds:.4f}", f"{row.exact_seconds:.4f}"]
         for row in rows
     ]
-    return Table(title, header, [list(map(Cell, row)) for row in cells], left=0)
+    return Table(title, header, cells, left=0)
 
 
 def save_study(rows: Sequence[RewardError], settings: dict[str, Any], output_dir: str | Path) -> None:

@@ -342,7 +342,7 @@ def two_systems(tmp_path):
 
 
 def shown(pieces):
-    return "".join(f"[{piece.text}]" if piece.shared else piece.text for piece in pieces)
+    return "".join(f"[{piece.text}]" if piece.mark else piece.text for piece in pieces)
 
 
 def test_examples_show_the_document_that_moved_and_the_words_shared(two_systems):

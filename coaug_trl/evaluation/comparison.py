@@ -9,13 +9,12 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from ..utils.errors import InputError
 from ..utils.tables import Cell, Table, write
 from .examples import Example, example_tables, read_examples
 from .folder import TEXTS_FILE, Evaluation, load_evaluation
-from .significance import compare_differences, effect_size, holm
+from .significance import compare_differences, holm
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -252,8 +251,20 @@ class Comparison:
             f"{measure}: all pairs; w/t/l: wins, ties, losses of the pair's first; p of the paired t test and of "
             f"Fisher's randomisation test, each before and after Holm's correction for {self.family}",
             ["pair", "difference", "d_z", "w/t/l", "p t", "Holm", "p Fisher", "Holm"],
-            [_pair_row(pair) for pair in self.pairs if pair.measure == measure],
-            left=1,
+            [
+                [
+                    f"{LETTERS[pair.later]} - {LETTERS[pair.earlier]}",
+                    f"{pair.mean_difference:+.4f}",
+                    f"{pair.effect_size:+.2f}",
+                    f"{pair.wins}/{pair.ties}/{pair.losses}",
+                    format_p(pair.p_t_test),
+                    format_p(pair.p_t_test_holm),
+                    format_p(pair.p_randomization),
+                    format_p(pair.p_randomization_holm),
+                ]
+                for pair in self.pairs
+                if pair.measure == measure
+            ],
         )
 
     def _changes(self) -> Table:
@@ -293,68 +304,72 @@ def compare_folders(
         raise InputError(f"Compare two evaluation folders or more, up to {len(LETTERS)}; given: {len(folders)}.")
     names = _distinct_names(folders)
     evaluations = [load_evaluation(folder) for folder in folders]
-    first = evaluations[0]
     measures, notes = _common_measures(measures, folders, evaluations)
-    for folder, evaluation in zip(folders, evaluations, strict=True):
-        # Ids such as 1, 2, 3 may be the same in collections that have nothing to do with each other.
-        collections = [first.manifest.get("collection"), evaluation.manifest.get("collection")]
-        if None not in collections and collections[0] != collections[1]:
-            raise InputError(f"{folders[0]} is of the collection {collections[0]}, {folder} of {collections[1]}.")
-        judgments = [each.manifest.get("hashes", {}).get("judgments") for each in (first, evaluation)]
-        if None not in judgments and judgments[0] != judgments[1]:
-            raise InputError(f"{folders[0]} and {folder} were evaluated with different judgments; evaluate one again.")
-        for setting in ("depth", "ignore_identical_ids"):
-            ours, theirs = (each.manifest.get(setting) for each in (first, evaluation))
-            if None not in (ours, theirs) and ours != theirs:
-                notes.append(f"{setting} is {ours} in {folders[0]} and {theirs} in {folder}: they are not alike")
-        ours, theirs = first.manifest["retriever"], evaluation.manifest["retriever"]
-        differing = [name for name in ours if name in theirs and ours[name] != theirs[name]]
-        if differing:
-            notes.append(
-                f"the retrievers differ: {', '.join(f'{name} is {ours[name]} and {theirs[name]}' for name in differing)} in "
-                f"{folders[0]} and {folder}"
-            )
-        if evaluation.per_query.keys() != first.per_query.keys():
-            example = sorted(evaluation.per_query.keys() ^ first.per_query.keys())[0]
-            has, lacks = (folders[0], folder) if example in first.per_query else (folder, folders[0])
-            raise InputError(
-                f"Only runs over the same queries can be compared: {has} has query {example!r}, {lacks} does not."
-            )
+    for folder, evaluation in zip(folders[1:], evaluations[1:], strict=True):
+        notes += _check_alike(folders[0], evaluations[0], folder, evaluation)
     values = {
         measure: [
-            {query_id: evaluation.per_query[query_id][measure] for query_id in first.per_query}
+            {query_id: evaluation.per_query[query_id][measure] for query_id in evaluations[0].per_query}
             for evaluation in evaluations
         ]
         for measure in measures
     }
-    places = list(combinations(range(len(folders)), 2))
-    pairs = []
-    for measure in tqdm(measures, desc="Testing", delay=2, leave=False):
-        matrix = np.array([list(each.values()) for each in values[measure]])
-        tests = compare_differences(np.stack([matrix[later] - matrix[earlier] for earlier, later in places], axis=1))
-        corrected = {name: holm([test[name] for test in tests]) for name in ("p_t_test", "p_randomization")}
-        for i, (earlier, later) in enumerate(places):
-            test = {name: value for name, value in tests[i].items() if name != "num_queries"}
-            pairs.append(
-                Pair(
-                    measure=measure,
-                    earlier=earlier,
-                    later=later,
-                    effect_size=effect_size(values[measure][later], values[measure][earlier]),
-                    p_t_test_holm=corrected["p_t_test"][i],
-                    p_randomization_holm=corrected["p_randomization"][i],
-                    **test,
-                )
-            )
-    comparison = Comparison(names, values, pairs, notes=notes)
+    comparison = Comparison(names, values, _test_pairs(values), notes=notes)
     changes = comparison.changes(measures[0]) if examples else []
     without_texts = [folder for folder in (folders[0], folders[-1]) if not (Path(folder) / TEXTS_FILE).is_file()]
     if changes and without_texts:
         notes.append(f"no examples: {without_texts[0]} has no {TEXTS_FILE}; evaluate again with coaug evaluate")
     elif changes:
-        languages = [language_of(evaluation) for evaluation in (first, evaluations[-1])]
+        languages = [language_of(evaluation) for evaluation in (evaluations[0], evaluations[-1])]
         comparison = replace(comparison, examples=read_examples((folders[0], folders[-1]), changes, languages))
     return comparison
+
+
+def _check_alike(folder: str | Path, one: Evaluation, other_folder: str | Path, other: Evaluation) -> list[str]:
+    """Refuses evaluations that are not of the same queries and judgments; notes on what else differs."""
+    # Ids such as 1, 2, 3 may be the same in collections that have nothing to do with each other.
+    collections = [each.manifest.get("collection") for each in (one, other)]
+    if None not in collections and collections[0] != collections[1]:
+        raise InputError(f"{folder} is of the collection {collections[0]}, {other_folder} of {collections[1]}.")
+    judgments = [each.manifest.get("hashes", {}).get("judgments") for each in (one, other)]
+    if None not in judgments and judgments[0] != judgments[1]:
+        raise InputError(f"{folder} and {other_folder} were evaluated with different judgments; evaluate one again.")
+    if one.per_query.keys() != other.per_query.keys():
+        example = sorted(one.per_query.keys() ^ other.per_query.keys())[0]
+        has, lacks = (folder, other_folder) if example in one.per_query else (other_folder, folder)
+        raise InputError(
+            f"Only runs over the same queries can be compared: {has} has query {example!r}, {lacks} does not."
+        )
+    notes = []
+    for setting in ("depth", "ignore_identical_ids"):
+        ours, theirs = (each.manifest.get(setting) for each in (one, other))
+        if None not in (ours, theirs) and ours != theirs:
+            notes.append(f"{setting} is {ours} in {folder} and {theirs} in {other_folder}: they are not alike")
+    ours, theirs = one.manifest["retriever"], other.manifest["retriever"]
+    differing = [
+        f"{name} is {ours[name]} and {theirs[name]}" for name in ours if theirs.get(name, ours[name]) != ours[name]
+    ]
+    if differing:
+        notes.append(f"the retrievers differ: {', '.join(differing)} in {folder} and {other_folder}")
+    return notes
+
+
+def _test_pairs(values: dict[str, list[dict[str, float]]]) -> list[Pair]:
+    """All pairs of systems, tested measure by measure; p-values are corrected within a measure."""
+    places = list(combinations(range(len(next(iter(values.values())))), 2))
+    matrices = [np.array([list(system.values()) for system in systems]) for systems in values.values()]
+    differences = [matrix[later] - matrix[earlier] for matrix in matrices for earlier, later in places]
+    tests = compare_differences(np.stack(differences, axis=1))
+    pairs = []
+    for number, measure in enumerate(values):
+        of_measure = tests[number * len(places) :][: len(places)]
+        corrected = [holm([test[name] for test in of_measure]) for name in ("p_t_test", "p_randomization")]
+        for (earlier, later), test, p_t, p_randomization in zip(places, of_measure, *corrected, strict=True):
+            del test["num_queries"]
+            pairs.append(
+                Pair(measure, earlier, later, **test, p_t_test_holm=p_t, p_randomization_holm=p_randomization)
+            )
+    return pairs
 
 
 def _common_measures(
@@ -391,19 +406,6 @@ def _distinct_names(folders: Sequence[str | Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [str(path) for path in paths]
-
-
-def _pair_row(pair: Pair) -> list[str]:
-    return [
-        f"{LETTERS[pair.later]} - {LETTERS[pair.earlier]}",
-        f"{pair.mean_difference:+.4f}",
-        f"{pair.effect_size:+.2f}",
-        f"{pair.wins}/{pair.ties}/{pair.losses}",
-        format_p(pair.p_t_test),
-        format_p(pair.p_t_test_holm),
-        format_p(pair.p_randomization),
-        format_p(pair.p_randomization_holm),
-    ]
 
 
 def format_p(value: float) -> str:

@@ -151,26 +151,35 @@ def study_rewards(
     with tqdm(total=total, desc="Sampling", delay=2, leave=False, bar_format="{l_bar}{bar}| {elapsed}") as progress:
         for pool in work:
             scores, relevance = generate_scores(pool, seed)
-            exact_runs = [_timed(exact_ndcg_rewards, scores, relevance, NDCG_K) for _ in range(repeats)]
-            (exact_queries, exact_documents), _ = exact_runs[0]
+            exact = [_timed(exact_ndcg_rewards, scores, relevance, NDCG_K) for _ in range(repeats)]
             for num_samples in samples:
-                runs = []
+                sampled = []
                 for repeat in range(repeats):
                     arguments = (scores, relevance, NDCG_K, num_samples)
-                    runs.append(_timed(sampled_ndcg_rewards, *arguments, seed=seed + repeat))
+                    sampled.append(_timed(sampled_ndcg_rewards, *arguments, seed=seed + repeat))
                     progress.update(work[pool] * num_samples)
-                rows.append(
-                    RewardError(
-                        pool,
-                        len(relevance),
-                        num_samples,
-                        *_errors([queries for (queries, _), _ in runs], exact_queries),
-                        *_errors([documents for (_, documents), _ in runs], exact_documents),
-                        sampled_seconds=float(np.median([seconds for _, seconds in runs])),
-                        exact_seconds=float(np.median([seconds for _, seconds in exact_runs])),
-                    )
-                )
+                rows.append(_compare(scores.shape, num_samples, sampled, exact))
     return rows
+
+
+def _compare(
+    shape: tuple[int, int, int, int],
+    num_samples: int,
+    sampled: list[tuple[Any, float]],
+    exact: list[tuple[Any, float]],
+) -> RewardError:
+    """Of the rewards of a pool, sampled and exact, each with its seconds."""
+    num_queries, _, num_documents, _ = shape
+    (exact_queries, exact_documents), _ = exact[0]
+    return RewardError(
+        num_documents,
+        num_queries,
+        num_samples,
+        *_errors([queries for (queries, _), _ in sampled], exact_queries),
+        *_errors([documents for (_, documents), _ in sampled], exact_documents),
+        sampled_seconds=float(np.median([seconds for _, seconds in sampled])),
+        exact_seconds=float(np.median([seconds for _, seconds in exact])),
+    )
 
 
 def _timed(function: Callable, *args, **kwargs) -> tuple[Any, float]:

@@ -11,7 +11,7 @@ from .options import add_collection, add_output
 
 
 if TYPE_CHECKING:
-    from ..evaluation.comparison import Table
+    from ..utils.tables import Table
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

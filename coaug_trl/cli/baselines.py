@@ -43,7 +43,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from ..data.collection import Collection
-    from ..evaluation.baselines import COMPARISON_FILE, choose_systems, run_baselines
+    from ..evaluation.baselines import COMPARISON_FILE, Models, choose_systems, run_baselines
     from ..evaluation.measures import MEASURES, parse_measures
     from ..policy.download import policy_folder
     from ..policy.settings import PolicySettings
@@ -62,11 +62,7 @@ def run(options: argparse.Namespace) -> None:
         collection,
         retriever,
         options.output,
-        options.model,
-        options.policy,
-        generation,
-        options.batch_size,
-        options.revision,
+        Models(options.model, options.policy, generation, options.batch_size, options.revision),
         options.k,
         options.ignore_identical_ids,
         measures.values(),

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,16 +89,39 @@ class HyDE:
         return searcher.search(queries, k)
 
 
+@dataclass(frozen=True)
+class Models:
+    """
+    The language models that write the expansions.
+
+    Args:
+        model (`str`, *optional*):
+            Folder or Hub id of the one that all prompts are given to.
+        policy (`str`, *optional*):
+            Folder or Hub id of a trained policy, for the system `trained`. The untrained model is then given the
+            policy's prompts, so that training is all they differ in.
+        generation ([`~coaug_trl.policy.settings.GenerationSettings`], *optional*):
+            Generation settings of the model; the policy has its own, which the untrained systems share if none are
+            given.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Texts generated for at once.
+        revision (`str`, *optional*):
+            Revision of the model on the Hub.
+    """
+
+    model: str | None = None
+    policy: str | None = None
+    generation: GenerationSettings | None = None
+    batch_size: int = 32
+    revision: str | None = None
+
+
 def run_baselines(
     systems: dict[str, System],
     collection: Collection,
     retriever: Retriever,
     output_dir: str | Path,
-    model: str | None = None,
-    policy: str | None = None,
-    generation: GenerationSettings | None = None,
-    batch_size: int = 32,
-    revision: str | None = None,
+    models: Models,
     k: int = 1000,
     ignore_identical_ids: bool = False,
     measures: Iterable[str] = MEASURES,
@@ -119,18 +142,8 @@ def run_baselines(
             What all systems retrieve with; a policy must have been trained for it.
         output_dir (`str` or `Path`):
             The folder: `augmentations/NAME`, `evaluations/NAME` and `comparison.md`.
-        model (`str`, *optional*):
-            Folder or Hub id of the language model that all prompts are given to.
-        policy (`str`, *optional*):
-            Folder or Hub id of a trained policy, for the system `trained`. The untrained model is then given the
-            policy's prompts, so that training is all they differ in.
-        generation ([`~coaug_trl.policy.settings.GenerationSettings`], *optional*):
-            Generation settings of the model; the policy has its own, which the untrained systems share if none are
-            given.
-        batch_size (`int`, *optional*, defaults to `32`):
-            Texts generated for at once.
-        revision (`str`, *optional*):
-            Revision of the model on the Hub.
+        models ([`Models`]):
+            What writes the expansions.
         k (`int`, *optional*, defaults to `1000`):
             Depth of the runs.
         ignore_identical_ids (`bool`, *optional*, defaults to `False`):
@@ -146,7 +159,7 @@ def run_baselines(
         `InputError`: the folder holds augmentations of another model, prompt set or collection.
     """
     output_dir, measures = Path(output_dir), list(parse_measures(measures).values())
-    augment_systems(systems, collection, retriever.kind, output_dir, model, policy, generation, batch_size, revision)
+    augment_systems(systems, collection, retriever.kind, output_dir, models)
     evaluate_systems(systems, collection, retriever, output_dir, k, ignore_identical_ids, measures)
     if len(systems) == 1:
         return None
@@ -166,7 +179,7 @@ def choose_systems(
         retriever ([`~coaug_trl.retrieval.base.Retriever`]):
             What they retrieve with.
         model (`str` or `None`):
-            As in [`run_baselines`].
+            As in [`Models`].
         policy (`str` or `None`):
             Likewise.
         only (`Sequence[str]`, *optional*):
@@ -179,15 +192,7 @@ def choose_systems(
         `InputError`: a system is unknown, not for this kind of retriever, or lacks its model.
     """
     for name in only:
-        if name not in SYSTEMS:
-            raise InputError(f"There is no system {name!r}; choose from {', '.join(SYSTEMS)}.")
-        if retriever.kind not in SYSTEMS[name].kinds:
-            raise InputError(
-                f"The system {name} is for {SYSTEMS[name].kinds[0]} retrievers, and this one is {retriever.kind}; "
-                "leave it out."
-            )
-        if name == "trained" and policy is None:
-            raise InputError("The system trained needs a policy: give its folder as --policy.")
+        _check_system(name, retriever, policy)
     systems = {
         name: system
         for name, system in SYSTEMS.items()
@@ -204,20 +209,37 @@ def choose_systems(
             "from as --model, and the policy as --policy."
         )
     if "trained" in systems:
-        trained = _settings_of(policy)
-        if trained is None:
-            raise InputError(
-                f"{policy} is no folder of a policy trained here, and no policy on the Hub; give one that coaug train "
-                "has written."
-            )
-        if trained.prompt_set.kind != retriever.kind:
-            raise InputError(
-                f"{policy} has prompts for {trained.prompt_set.kind} retrievers, and this one is {retriever.kind}."
-            )
-        if trained.retriever and retriever_differences(trained.retriever, retriever.config):
-            raise InputError(f"{policy} was trained for {trained.retriever}, not for {retriever.config}.")
-        systems["trained"] = systems["trained"]._replace(sides=trained.sides)
+        systems["trained"] = systems["trained"]._replace(sides=_trained_sides(policy, retriever))
     return systems
+
+
+def _check_system(name: str, retriever: Retriever, policy: str | None) -> None:
+    if name not in SYSTEMS:
+        raise InputError(f"There is no system {name!r}; choose from {', '.join(SYSTEMS)}.")
+    if retriever.kind not in SYSTEMS[name].kinds:
+        raise InputError(
+            f"The system {name} is for {SYSTEMS[name].kinds[0]} retrievers, and this one is {retriever.kind}; "
+            "leave it out."
+        )
+    if name == "trained" and policy is None:
+        raise InputError("The system trained needs a policy: give its folder as --policy.")
+
+
+def _trained_sides(policy: str, retriever: Retriever) -> tuple[str, ...]:
+    """The sides that a policy was trained on, for this retriever."""
+    trained = _settings_of(policy)
+    if trained is None:
+        raise InputError(
+            f"{policy} is no folder of a policy trained here, and no policy on the Hub; give one that coaug train "
+            "has written."
+        )
+    if trained.prompt_set.kind != retriever.kind:
+        raise InputError(
+            f"{policy} has prompts for {trained.prompt_set.kind} retrievers, and this one is {retriever.kind}."
+        )
+    if trained.retriever and retriever_differences(trained.retriever, retriever.config):
+        raise InputError(f"{policy} was trained for {trained.retriever}, not for {retriever.config}.")
+    return trained.sides
 
 
 def _settings_of(model: str) -> PolicySettings | None:
@@ -245,15 +267,7 @@ def prompt_set_of(name: str, kind: str) -> PromptSet:
 
 
 def augment_systems(
-    systems: dict[str, System],
-    collection: Collection,
-    kind: str,
-    output_dir: Path,
-    model: str | None,
-    policy: str | None,
-    generation: GenerationSettings | None = None,
-    batch_size: int = 32,
-    revision: str | None = None,
+    systems: dict[str, System], collection: Collection, kind: str, output_dir: Path, models: Models
 ) -> None:
     """Generates what the systems need and is not there yet; the model is loaded once, then the policy."""
     wanted: dict[str, list[str]] = {}
@@ -262,22 +276,22 @@ def augment_systems(
             sides = wanted.setdefault(system.augmentations, [])
             sides += [side for side in system.sides if side not in sides]
     trained_sides = wanted.pop("trained", None)
-    trained = _settings_of(policy) if policy else None
+    trained, batch_size = _settings_of(models.policy) if models.policy else None, models.batch_size
     if wanted:
         loaded = Augmenter.from_pretrained(
-            model, PromptSet.default(kind), generation, batch_size=batch_size, revision=revision
+            models.model, PromptSet.default(kind), models.generation, batch_size=batch_size, revision=models.revision
         )
         for name, sides in wanted.items():
             settings = PolicySettings(prompt_set_of(name, kind), loaded.settings.generation)
             if name == "untrained" and trained and trained.prompt_set.sides == SIDES:
-                settings = PolicySettings(trained.prompt_set, generation or trained.generation)
+                settings = PolicySettings(trained.prompt_set, models.generation or trained.generation)
             augmenter = Augmenter(
                 loaded.engine, loaded.tokenizer, settings, batch_size, name=loaded.name, revision=loaded.revision
             )
             _augment(augmenter, name, sides, collection, output_dir)
         del loaded, augmenter  # makes room for the policy
     if trained_sides:
-        augmenter = Augmenter.from_pretrained(policy, batch_size=batch_size)
+        augmenter = Augmenter.from_pretrained(models.policy, batch_size=batch_size)
         _augment(augmenter, "trained", trained_sides, collection, output_dir)
 
 

@@ -1,34 +1,25 @@
 """Compare evaluations: means, paired tests of all pairs, and the queries that changed most, with examples."""
 
 import math
-import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from rich import box
-from rich.cells import cell_len
-from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text
-from tqdm.auto import tqdm
 
 from ..utils.errors import InputError
-from .examples import Example, Piece, Side, read_examples
+from ..utils.tables import Cell, Table, write
+from .examples import Example, example_tables, read_examples
 from .folder import TEXTS_FILE, Evaluation, load_evaluation
-from .significance import compare_differences, effect_size, holm
+from .significance import compare_differences, holm
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SIGNIFICANT = 0.01
 EXAMPLES = 3
-# In a narrow terminal: what a column of names may be folded to, and what stands between two columns.
-NAME_WIDTH, GAP = 20, 2
 
 
 @dataclass(frozen=True)
@@ -192,13 +183,10 @@ class Comparison:
         Returns:
             `str`: the tables and examples, with an empty line between them.
         """
-        tables = [*self._summary(), *map(self.pairs_table, self.values), self._changes()]
-        blocks = [FORMATS[format](table) for table in tables]
+        parts = [*self._summary(), *map(self.pairs_table, self.values), self._changes()]
         if self.examples:
-            blocks.append(
-                EXAMPLE_FORMATS[format](next(iter(self.values)), (self.names[0], self.names[-1]), self.examples)
-            )
-        return "\n\n".join(blocks)
+            parts += example_tables(next(iter(self.values)), (self.names[0], self.names[-1]), self.examples, format)
+        return write(parts, format)
 
     def render_summary(self, format: str = "table") -> str:
         """
@@ -211,18 +199,18 @@ class Comparison:
         Returns:
             `str`: the two tables, with an empty line between them.
         """
-        return "\n\n".join(FORMATS[format](table) for table in self._summary())
+        return write(self._summary(), format)
 
-    def _summary(self) -> list["Table"]:
+    def _summary(self) -> list[Table]:
         # With two systems the one pair says it all.
         return [self.means_table()] + [self.matrix_table(next(iter(self.values)))] * (len(self.names) > 2)
 
-    def means_table(self) -> "Table":
+    def means_table(self) -> Table:
         measures = list(self.values)
         means = {measure: [round(mean, 4) for mean in self.means(measure)] for measure in measures}
         beaten = {measure: self.beaten(measure) for measure in measures}
         rows = [
-            [Cell(LETTERS[place]), Cell(name)]
+            [LETTERS[place], name]
             + [
                 Cell(
                     f"{means[measure][place]:.4f}",
@@ -240,7 +228,7 @@ class Comparison:
         )
         return Table(title, ["", "system", *measures], rows, left=2)
 
-    def matrix_table(self, measure: str) -> "Table":
+    def matrix_table(self, measure: str) -> Table:
         """Row against column: + where the row is better, - where it is worse, and the corrected p of the t test."""
         cells = {}
         for pair in self.pairs:
@@ -250,8 +238,7 @@ class Comparison:
                 cells[pair.earlier, pair.later] = f"{'+=-'[sign + 1]} {format_p(pair.p_t_test_holm)}"
         places = range(len(self.names))
         rows = [
-            [Cell(LETTERS[row]), Cell(self.names[row])] + [Cell(cells.get((row, column), "")) for column in places]
-            for row in places
+            [LETTERS[row], self.names[row]] + [cells.get((row, column), "") for column in places] for row in places
         ]
         title = (
             f"{measure}: is the row better (+) or worse (-) than the column, with p of the paired t test after Holm's "
@@ -259,19 +246,31 @@ class Comparison:
         )
         return Table(title, ["", "system", *(LETTERS[place] for place in places)], rows, left=2)
 
-    def pairs_table(self, measure: str) -> "Table":
+    def pairs_table(self, measure: str) -> Table:
         return Table(
             f"{measure}: all pairs; w/t/l: wins, ties, losses of the pair's first; p of the paired t test and of "
             f"Fisher's randomisation test, each before and after Holm's correction for {self.family}",
             ["pair", "difference", "d_z", "w/t/l", "p t", "Holm", "p Fisher", "Holm"],
-            [_pair_row(pair) for pair in self.pairs if pair.measure == measure],
-            left=1,
+            [
+                [
+                    f"{LETTERS[pair.later]} - {LETTERS[pair.earlier]}",
+                    f"{pair.mean_difference:+.4f}",
+                    f"{pair.effect_size:+.2f}",
+                    f"{pair.wins}/{pair.ties}/{pair.losses}",
+                    format_p(pair.p_t_test),
+                    format_p(pair.p_t_test_holm),
+                    format_p(pair.p_randomization),
+                    format_p(pair.p_randomization_holm),
+                ]
+                for pair in self.pairs
+                if pair.measure == measure
+            ],
         )
 
-    def _changes(self) -> "Table":
+    def _changes(self) -> Table:
         measure = next(iter(self.values))
         rows = [
-            [Cell(query_id), Cell(f"{first:.4f}"), Cell(f"{last:.4f}"), Cell(f"{last - first:+.4f}")]
+            [query_id, f"{first:.4f}", f"{last:.4f}", f"{last - first:+.4f}"]
             for query_id, first, last in self.changes(measure)
         ]
         title = f"{measure}: the queries that gained and lost most from {self.names[0]} to {self.names[-1]}"
@@ -305,68 +304,72 @@ def compare_folders(
         raise InputError(f"Compare two evaluation folders or more, up to {len(LETTERS)}; given: {len(folders)}.")
     names = _distinct_names(folders)
     evaluations = [load_evaluation(folder) for folder in folders]
-    first = evaluations[0]
     measures, notes = _common_measures(measures, folders, evaluations)
-    for folder, evaluation in zip(folders, evaluations, strict=True):
-        # Ids such as 1, 2, 3 may be the same in collections that have nothing to do with each other.
-        collections = [first.manifest.get("collection"), evaluation.manifest.get("collection")]
-        if None not in collections and collections[0] != collections[1]:
-            raise InputError(f"{folders[0]} is of the collection {collections[0]}, {folder} of {collections[1]}.")
-        judgments = [each.manifest.get("hashes", {}).get("judgments") for each in (first, evaluation)]
-        if None not in judgments and judgments[0] != judgments[1]:
-            raise InputError(f"{folders[0]} and {folder} were evaluated with different judgments; evaluate one again.")
-        for setting in ("depth", "ignore_identical_ids"):
-            ours, theirs = (each.manifest.get(setting) for each in (first, evaluation))
-            if None not in (ours, theirs) and ours != theirs:
-                notes.append(f"{setting} is {ours} in {folders[0]} and {theirs} in {folder}: they are not alike")
-        ours, theirs = first.manifest["retriever"], evaluation.manifest["retriever"]
-        differing = [name for name in ours if name in theirs and ours[name] != theirs[name]]
-        if differing:
-            notes.append(
-                f"the retrievers differ: {', '.join(f'{name} is {ours[name]} and {theirs[name]}' for name in differing)} in "
-                f"{folders[0]} and {folder}"
-            )
-        if evaluation.per_query.keys() != first.per_query.keys():
-            example = sorted(evaluation.per_query.keys() ^ first.per_query.keys())[0]
-            has, lacks = (folders[0], folder) if example in first.per_query else (folder, folders[0])
-            raise InputError(
-                f"Only runs over the same queries can be compared: {has} has query {example!r}, {lacks} does not."
-            )
+    for folder, evaluation in zip(folders[1:], evaluations[1:], strict=True):
+        notes += _check_alike(folders[0], evaluations[0], folder, evaluation)
     values = {
         measure: [
-            {query_id: evaluation.per_query[query_id][measure] for query_id in first.per_query}
+            {query_id: evaluation.per_query[query_id][measure] for query_id in evaluations[0].per_query}
             for evaluation in evaluations
         ]
         for measure in measures
     }
-    places = list(combinations(range(len(folders)), 2))
-    pairs = []
-    for measure in tqdm(measures, desc="Testing", delay=2, leave=False):
-        matrix = np.array([list(each.values()) for each in values[measure]])
-        tests = compare_differences(np.stack([matrix[later] - matrix[earlier] for earlier, later in places], axis=1))
-        corrected = {name: holm([test[name] for test in tests]) for name in ("p_t_test", "p_randomization")}
-        for i, (earlier, later) in enumerate(places):
-            test = {name: value for name, value in tests[i].items() if name != "num_queries"}
-            pairs.append(
-                Pair(
-                    measure=measure,
-                    earlier=earlier,
-                    later=later,
-                    effect_size=effect_size(values[measure][later], values[measure][earlier]),
-                    p_t_test_holm=corrected["p_t_test"][i],
-                    p_randomization_holm=corrected["p_randomization"][i],
-                    **test,
-                )
-            )
-    comparison = Comparison(names, values, pairs, notes=notes)
+    comparison = Comparison(names, values, _test_pairs(values), notes=notes)
     changes = comparison.changes(measures[0]) if examples else []
     without_texts = [folder for folder in (folders[0], folders[-1]) if not (Path(folder) / TEXTS_FILE).is_file()]
     if changes and without_texts:
         notes.append(f"no examples: {without_texts[0]} has no {TEXTS_FILE}; evaluate again with coaug evaluate")
     elif changes:
-        languages = [language_of(evaluation) for evaluation in (first, evaluations[-1])]
+        languages = [language_of(evaluation) for evaluation in (evaluations[0], evaluations[-1])]
         comparison = replace(comparison, examples=read_examples((folders[0], folders[-1]), changes, languages))
     return comparison
+
+
+def _check_alike(folder: str | Path, one: Evaluation, other_folder: str | Path, other: Evaluation) -> list[str]:
+    """Refuses evaluations that are not of the same queries and judgments; notes on what else differs."""
+    # Ids such as 1, 2, 3 may be the same in collections that have nothing to do with each other.
+    collections = [each.manifest.get("collection") for each in (one, other)]
+    if None not in collections and collections[0] != collections[1]:
+        raise InputError(f"{folder} is of the collection {collections[0]}, {other_folder} of {collections[1]}.")
+    judgments = [each.manifest.get("hashes", {}).get("judgments") for each in (one, other)]
+    if None not in judgments and judgments[0] != judgments[1]:
+        raise InputError(f"{folder} and {other_folder} were evaluated with different judgments; evaluate one again.")
+    if one.per_query.keys() != other.per_query.keys():
+        example = sorted(one.per_query.keys() ^ other.per_query.keys())[0]
+        has, lacks = (folder, other_folder) if example in one.per_query else (other_folder, folder)
+        raise InputError(
+            f"Only runs over the same queries can be compared: {has} has query {example!r}, {lacks} does not."
+        )
+    notes = []
+    for setting in ("depth", "ignore_identical_ids"):
+        ours, theirs = (each.manifest.get(setting) for each in (one, other))
+        if None not in (ours, theirs) and ours != theirs:
+            notes.append(f"{setting} is {ours} in {folder} and {theirs} in {other_folder}: they are not alike")
+    ours, theirs = one.manifest["retriever"], other.manifest["retriever"]
+    differing = [
+        f"{name} is {ours[name]} and {theirs[name]}" for name in ours if theirs.get(name, ours[name]) != ours[name]
+    ]
+    if differing:
+        notes.append(f"the retrievers differ: {', '.join(differing)} in {folder} and {other_folder}")
+    return notes
+
+
+def _test_pairs(values: dict[str, list[dict[str, float]]]) -> list[Pair]:
+    """All pairs of systems, tested measure by measure; p-values are corrected within a measure."""
+    places = list(combinations(range(len(next(iter(values.values())))), 2))
+    matrices = [np.array([list(system.values()) for system in systems]) for systems in values.values()]
+    differences = [matrix[later] - matrix[earlier] for matrix in matrices for earlier, later in places]
+    tests = compare_differences(np.stack(differences, axis=1))
+    pairs = []
+    for number, measure in enumerate(values):
+        of_measure = tests[number * len(places) :][: len(places)]
+        corrected = [holm([test[name] for test in of_measure]) for name in ("p_t_test", "p_randomization")]
+        for (earlier, later), test, p_t, p_randomization in zip(places, of_measure, *corrected, strict=True):
+            del test["num_queries"]
+            pairs.append(
+                Pair(measure, earlier, later, **test, p_t_test_holm=p_t, p_randomization_holm=p_randomization)
+            )
+    return pairs
 
 
 def _common_measures(
@@ -405,236 +408,5 @@ def _distinct_names(folders: Sequence[str | Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-# Tables and examples, and the three ways to write them
-
-
-class Cell(NamedTuple):
-    text: str
-    bold: bool = False
-    superscript: str = ""
-
-
-class Table(NamedTuple):
-    """`left` columns are text, the others numbers, aligned to the right."""
-
-    title: str
-    header: list[str]
-    rows: list[list[Cell]]
-    left: int
-
-    def __str__(self) -> str:
-        """As a terminal shows it."""
-        return _terminal(self)
-
-
-def _pair_row(pair: Pair) -> list[Cell]:
-    texts = [
-        f"{LETTERS[pair.later]} - {LETTERS[pair.earlier]}",
-        f"{pair.mean_difference:+.4f}",
-        f"{pair.effect_size:+.2f}",
-        f"{pair.wins}/{pair.ties}/{pair.losses}",
-        format_p(pair.p_t_test),
-        format_p(pair.p_t_test_holm),
-        format_p(pair.p_randomization),
-        format_p(pair.p_randomization_holm),
-    ]
-    return [Cell(text) for text in texts]
-
-
 def format_p(value: float) -> str:
     return f"{value:.4f}" if value >= 0.0001 else "<0.0001"
-
-
-_SUPERSCRIPTS = str.maketrans(LETTERS, "ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖ𐞥ʳˢᵗᵘᵛʷˣʸᶻ")
-_LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "…": r"\ldots{}",
-}
-
-
-def _terminal(table: Table) -> str:
-    """Names are folded where the terminal is narrow, numbers never: columns that do not fit follow below."""
-    # In a file or a pipe nothing is folded.
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 1000)
-    lines = [table.header, *([cell.text + cell.superscript for cell in row] for row in table.rows)]
-    widths = [max(cell_len(line[column]) for line in lines) + GAP for column in range(len(table.header))]
-    names = list(range(table.left))
-    names_width = sum(min(widths[column], NAME_WIDTH) for column in names)
-    console.width = max(console.width, names_width + max(widths[table.left :], default=0))
-    room = console.width - names_width
-    blocks: list[list[int]] = [[]]
-    for column in range(table.left, len(table.header)):
-        if blocks[-1] and sum(widths[each] for each in blocks[-1]) + widths[column] > room:
-            blocks.append([])
-        blocks[-1].append(column)
-    tables = [_rich_table(table, names + block) for block in blocks] if table.rows else []
-    return _print(console, Text(table.title), *tables)
-
-
-def _rich_table(table: Table, columns: list[int]) -> RichTable:
-    # Text, not str: rich takes square brackets and colons of a str for markup
-    rich_table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in columns:
-        name = column < table.left
-        rich_table.add_column(
-            Text(table.header[column]), justify="left" if name else "right", overflow="fold", no_wrap=not name
-        )
-    for row in table.rows:
-        cells = [row[column] for column in columns]
-        rich_table.add_row(
-            *(Text(cell.text + cell.superscript.translate(_SUPERSCRIPTS), "bold" * cell.bold) for cell in cells)
-        )
-    return rich_table
-
-
-def _print(console: Console, *parts: Text | RichTable) -> str:
-    with console.capture() as capture:
-        for part in parts:
-            console.print(part)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines()).rstrip()
-
-
-def _terminal_examples(measure: str, names: tuple[str, str], examples: list[Example]) -> str:
-    # Texts are folded in a file, too.
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100, highlight=False)
-    styled = console.color_system is not None
-
-    def mark(pieces: list[Piece]) -> Text:
-        if styled:
-            return Text.assemble(*((piece.text, "bold green" if piece.shared else "") for piece in pieces))
-        return Text("".join(piece.text.upper() if piece.shared else piece.text for piece in pieces))
-
-    parts = [Text(_examples_title(measure, "marked" if styled else "in capitals"))]
-    for example in examples:
-        grid = RichTable.grid(padding=(0, 2, 0, 0), pad_edge=False)
-        for _ in range(3):
-            grid.add_column(overflow="fold")
-        for name, type_, side in _example_rows(names, example):
-            text = mark(side.text)
-            if side.augmentation:
-                text = Text.assemble(text, "\n+ ", mark(side.augmentation))
-            grid.add_row(Text(f"  {name}"), Text(type_), text)
-        parts += [Text(""), Text(_example_title(example), "bold"), grid]
-    return _print(console, *parts)
-
-
-def _examples_title(measure: str, marked: str) -> str:
-    return (
-        f"{measure}: what the first system and the last made of these queries and of a relevant document; words that "
-        f"query and document share are {marked}"
-    )
-
-
-def _example_title(example: Example) -> str:
-    first, last = example.values
-    ranks = ["not found" if rank is None else f"rank {rank}" for rank in example.ranks]
-    return (
-        f"Query {example.query_id}: {first:.4f} to {last:.4f}; document {example.document_id}: "
-        f"{' to '.join(ranks) if ranks[0] != ranks[1] else ranks[0]}"
-    )
-
-
-def _example_rows(names: tuple[str, str], example: Example) -> Iterator[tuple[str, str, Side]]:
-    """Name of the system, type of the text, and the text; a name stands in the first row of its system only."""
-    if example.sides[0] == example.sides[1]:  # the systems differ in the retriever, not in the texts
-        names = ("both",)
-    for name, (query, document) in zip(names, example.sides, strict=False):
-        yield name, "query", query
-        yield "", "document", document
-
-
-def escape_markdown(text: str) -> str:
-    return re.sub(r"([\\|*`<\[\]~&$]|(?<!\w)_|_(?!\w))", r"\\\1", text)
-
-
-def _markdown(table: Table) -> str:
-    def write(cell: Cell) -> str:
-        text = f"**{escape_markdown(cell.text)}**" if cell.bold else escape_markdown(cell.text)
-        return f"{text}<sup>{cell.superscript}</sup>" if cell.superscript else text
-
-    lines = [
-        list(map(escape_markdown, table.header)),
-        ["---" if column < table.left else "---:" for column in range(len(table.header))],
-        *(list(map(write, row)) for row in table.rows),
-    ]
-    written = ["| " + " | ".join(line) + " |" for line in lines] if table.rows else []
-    return "\n".join([escape_markdown(table.title), ""] + written).rstrip()
-
-
-def _markdown_examples(measure: str, names: tuple[str, str], examples: list[Example]) -> str:
-    def mark(pieces: list[Piece]) -> str:
-        return _mark(pieces, escape_markdown, "**{}**")
-
-    blocks = [escape_markdown(_examples_title(measure, "bold"))]
-    for example in examples:
-        lines = ["| system | | text | added |", "| --- | --- | --- | --- |"]
-        lines += [
-            f"| {escape_markdown(name)} | {type_} | {mark(side.text)} | {mark(side.augmentation)} |"
-            for name, type_, side in _example_rows(names, example)
-        ]
-        blocks += [escape_markdown(_example_title(example)), "\n".join(lines)]
-    return "\n\n".join(blocks)
-
-
-def _mark(pieces: list[Piece], escape: Callable[[str], str], bold: str) -> str:
-    return "".join(bold.format(escape(piece.text)) if piece.shared else escape(piece.text) for piece in pieces)
-
-
-def _escape_latex(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in text)
-
-
-def _latex(table: Table) -> str:
-    def write(cell: Cell) -> str:
-        text = rf"\textbf{{{_escape_latex(cell.text)}}}" if cell.bold else _escape_latex(cell.text)
-        return rf"{text}\textsuperscript{{{cell.superscript}}}" if cell.superscript else text
-
-    if not table.rows:
-        return _escape_latex(table.title)
-    columns = "l" * table.left + "r" * (len(table.header) - table.left)
-    return _latex_table(table.title, columns, table.header, (list(map(write, row)) for row in table.rows))
-
-
-def _latex_table(title: str, columns: str, header: Iterable[str], rows: Iterable[list[str]]) -> str:
-    return "\n".join(
-        [
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{_escape_latex(title)}}}",
-            rf"\begin{{tabular}}{{{columns}}}",
-            r"\toprule",
-            " & ".join(map(_escape_latex, header)) + r" \\",
-            r"\midrule",
-            *(" & ".join(row) + r" \\" for row in rows),
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-        ]
-    )
-
-
-def _latex_examples(measure: str, names: tuple[str, str], examples: list[Example]) -> str:
-    def mark(pieces: list[Piece]) -> str:
-        return _mark(pieces, _escape_latex, r"\textbf{{{}}}")
-
-    blocks = [_escape_latex(_examples_title(measure, "bold"))]
-    for example in examples:
-        rows = [
-            [_escape_latex(name), type_, mark(side.text), mark(side.augmentation)]
-            for name, type_, side in _example_rows(names, example)
-        ]
-        columns = r"llp{0.36\linewidth}p{0.36\linewidth}"
-        blocks.append(_latex_table(_example_title(example), columns, ["system", "", "text", "added"], rows))
-    return "\n\n".join(blocks)
-
-
-FORMATS: dict[str, Callable[[Table], str]] = {"table": _terminal, "markdown": _markdown, "latex": _latex}
-EXAMPLE_FORMATS: dict[str, Callable[[str, tuple[str, str], list[Example]], str]] = {
-    "table": _terminal_examples,
-    "markdown": _markdown_examples,
-    "latex": _latex_examples,
-}

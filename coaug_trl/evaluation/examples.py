@@ -3,7 +3,8 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,18 +13,12 @@ from tqdm.auto import tqdm
 
 from ..retrieval.analyzer import Analyzer
 from ..utils.errors import InputError
+from ..utils.tables import Cell, Piece, Table, describe_marks
 from .folder import TEXTS_FILE
 
 
-TEXT_WORDS = 40
-AUGMENTATION_WORDS = 60
-
-
-class Piece(NamedTuple):
-    """A stretch of text; `shared` where it is a word that the other text has, too."""
-
-    text: str
-    shared: bool
+# Words of a text and of its augmentation.
+LENGTHS = 40, 60
 
 
 class Side(NamedTuple):
@@ -63,18 +58,52 @@ def stems(analyzer: Analyzer, text: str) -> set[str]:
     return set(terms)
 
 
-def mark(analyzer: Analyzer, text: str, shared: set[str], length: int) -> list[Piece]:
-    """Cuts a text to `length` words separated by blanks, and that into pieces by whether a term is in `shared`."""
-    # control characters of a document would steer the terminal that shows it
-    words = re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split()
-    shown = " ".join(words[:length]) + (" …" if len(words) > length else "")
-    pieces, end = [], 0
-    for word in re.finditer(analyzer.word, shown):
-        if shared & stems(analyzer, word.group()):
-            pieces += [Piece(shown[end : word.start()], False), Piece(word.group(), True)]
-            end = word.end()
-    pieces.append(Piece(shown[end:], False))
+def mark(
+    analyzer: Analyzer, text: str, terms: Mapping[str, set[str]], words: int | None = None, letters: int | None = None
+) -> list[Piece]:
+    """
+    Marks words of a text.
+
+    Args:
+        analyzer ([`~coaug_trl.retrieval.analyzer.Analyzer`]):
+            Says what the same word is.
+        text (`str`):
+            The text, shown as it is.
+        terms (`Mapping[str, set[str]]`):
+            Mark to the terms that get it; the first mark counts.
+        words (`int`, *optional*):
+            Cuts a longer text to as many words, where most are marked.
+        letters (`int`, *optional*):
+            Cuts what is left after as many.
+
+    Returns:
+        `list[Piece]`: the text in pieces, each marked word one of them, with an ellipsis where it was cut.
+    """
+    found = list(re.finditer(analyzer.word, text))
+    of_words = analyzer.terms([word.group() for word in found]) if found else []
+    marks = [next((name for name, own in terms.items() if not own.isdisjoint(each)), "") for each in of_words]
+    start, end = 0, len(text)
+    if words is not None and len(found) > words:
+        first = _densest(marks, words)
+        start, end = found[first].start() if first else 0, found[first + words - 1].end()
+    if letters is not None:
+        end = min(end, start + letters)
+    pieces, place = [Piece("… " * (start > 0))], start
+    for word, name in zip(found, marks, strict=True):
+        if name and start <= word.start() and word.end() <= end:
+            pieces += [Piece(text[place : word.start()]), Piece(word.group(), name)]
+            place = word.end()
+    pieces += [Piece(text[place:end] + " …" * (end < len(text)))]
     return [piece for piece in pieces if piece.text]
+
+
+def _densest(marks: list[str], length: int) -> int:
+    """Where to begin so that most words are marked: at the first word, or else in the middle of the best places."""
+    marked = [0, *accumulate(map(bool, marks))]
+    counts = [marked[first + length] - marked[first] for first in range(len(marks) - length + 1)]
+    most = max(counts)
+    best = [first for first, count in enumerate(counts) if count == most]
+    return best[len(best) // 2] if best[0] else 0
 
 
 def read_examples(
@@ -140,11 +169,53 @@ def _discount(rank: int | None) -> float:
 
 
 def _mark_shared(analyzer: Analyzer, *texts: tuple[str, str]) -> tuple[Side, ...]:
-    shared = set.intersection(*(stems(analyzer, "\n".join(text)) for text in texts))
+    shared = {"shared": set.intersection(*(stems(analyzer, "\n".join(text)) for text in texts))}
     return tuple(
-        Side(mark(analyzer, text, shared, TEXT_WORDS), mark(analyzer, augmentation, shared, AUGMENTATION_WORDS))
-        for text, augmentation in texts
+        Side(*(mark(analyzer, _beginning(text, n), shared) for text, n in zip(both, LENGTHS, strict=True)))
+        for both in texts
     )
+
+
+def _beginning(text: str, length: int) -> str:
+    """The first words, without the control characters of a document, which would steer the terminal that shows it."""
+    words = re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split()
+    return " ".join(words[:length]) + " …" * (len(words) > length)
+
+
+def example_tables(
+    measure: str, names: tuple[str, str], examples: Iterable[Example], format: str
+) -> Iterator[Table | str]:
+    """
+    Sets examples as tables, with a line before them.
+
+    Args:
+        measure (`str`):
+            What their values are.
+        names (`tuple[str, str]`):
+            The two systems.
+        examples (`Iterable[Example]`):
+            As [`read_examples`] gives them.
+        format (`str`):
+            As in [`~coaug_trl.utils.tables.write`], which takes what this gives.
+    """
+    yield (
+        f"{measure}: what the first system and the last made of these queries and of a relevant document; words that "
+        f"query and document share are {describe_marks(format)}"
+    )
+    for example in examples:
+        first, last = example.values
+        ranks = ["not found" if rank is None else f"rank {rank}" for rank in example.ranks]
+        title = (
+            f"Query {example.query_id}: {first:.4f} to {last:.4f}; document {example.document_id}: "
+            f"{' to '.join(ranks) if ranks[0] != ranks[1] else ranks[0]}"
+        )
+        same = example.sides[0] == example.sides[1]  # the systems differ in the retriever, not in the texts
+        rows = [
+            [name if type_ == "query" else "", type_, Cell(side.text), Cell(side.augmentation)]
+            for name, sides in zip(["both"] if same else names, example.sides, strict=False)
+            for type_, side in zip(("query", "document"), sides, strict=True)
+        ]
+        yield Table(title, ["system", "", "text", "added"], rows, prose=2)
 
 
 def read_relevant(path: str | Path, query_ids: set[str]) -> dict[str, dict[str, int]]:

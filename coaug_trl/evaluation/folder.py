@@ -146,12 +146,7 @@ def save_evaluation(
     Raises:
         `InputError`: as in [`evaluate_run`], or an id is empty or has whitespace in it, which TREC files cannot hold.
     """
-    for table in (run, qrels):
-        for query_id, documents in table.items():
-            for trec_id in (query_id, *documents):
-                if trec_id.split() != [trec_id]:
-                    raise InputError(f"Id {trec_id!r} is empty or has whitespace in it: TREC files cannot hold it.")
-
+    _check_ids(run, qrels)
     ranked = break_ties(run)
     means, per_query = evaluate_run(qrels, ranked, measures)
     metrics = {
@@ -163,15 +158,7 @@ def save_evaluation(
 
     folder = Path(folder)
     (folder / "metrics.json").unlink(missing_ok=True)  # until it is there again the folder is unfinished
-    with atomic_open(folder / "run.trec") as file:
-        for query_id, scores in ranked.items():
-            for rank, (document_id, score) in enumerate(scores.items(), start=1):
-                # nine digits tell any two single-precision numbers apart
-                file.write(f"{query_id} Q0 {document_id} {rank} {score:.9g} coaug_trl\n")
-    with atomic_open(folder / "qrels.trec") as file:
-        for query_id, judgments in qrels.items():
-            for document_id, grade in judgments.items():
-                file.write(f"{query_id} 0 {document_id} {grade}\n")
+    _write_trec(folder, ranked, qrels)
     if texts is None:  # those of an evaluation that was here before are not of this one
         (folder / TEXTS_FILE).unlink(missing_ok=True)
     else:
@@ -180,6 +167,25 @@ def save_evaluation(
     write_json(folder / "manifest.json", manifest)
     write_json(folder / "metrics.json", metrics)
     return metrics
+
+
+def _check_ids(*tables: dict[str, dict[str, Any]]) -> None:
+    for query_id, documents in chain.from_iterable(table.items() for table in tables):
+        for trec_id in (query_id, *documents):
+            if trec_id.split() != [trec_id]:
+                raise InputError(f"Id {trec_id!r} is empty or has whitespace in it: TREC files cannot hold it.")
+
+
+def _write_trec(folder: Path, run: Run, qrels: Qrels) -> None:
+    with atomic_open(folder / "run.trec") as file:
+        for query_id, scores in run.items():
+            for rank, (document_id, score) in enumerate(scores.items(), start=1):
+                # nine digits tell any two single-precision numbers apart
+                file.write(f"{query_id} Q0 {document_id} {rank} {score:.9g} coaug_trl\n")
+    with atomic_open(folder / "qrels.trec") as file:
+        for query_id, judgments in qrels.items():
+            for document_id, grade in judgments.items():
+                file.write(f"{query_id} 0 {document_id} {grade}\n")
 
 
 @dataclass(frozen=True)

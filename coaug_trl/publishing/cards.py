@@ -12,10 +12,11 @@ import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from ..data.groups import TEXT_TYPES
-from ..evaluation.comparison import FORMATS, LETTERS, Cell, Comparison, Table, escape_markdown, format_p
+from ..evaluation.comparison import LETTERS, Comparison, format_p
 from ..policy.download import CURVES_FILE
 from ..training.record import license_of
 from ..utils.names import is_hub_id, last_part, without_folders
+from ..utils.tables import Cell, Table, escape_markdown
 from ..utils.terminal import describe_seconds
 from .record import Evaluated, RunRecord
 
@@ -277,9 +278,9 @@ def _results(record: RunRecord, comparisons: list[tuple[list[Evaluated], Compari
     if not comparisons:
         yield "No evaluation was published with this model; `coaug evaluate` makes one."
     for group, comparison in comparisons:
-        yield FORMATS["markdown"](_means_table(group, _why_seen(record, group)))
+        yield _means_table(group, _why_seen(record, group)).markdown()
         if comparison:
-            yield FORMATS["markdown"](_tests_table(group, comparison))
+            yield _tests_table(group, comparison).markdown()
     if comparisons:
         yield "Runs, judgments and the values of each query are in `evaluations/`."
 
@@ -769,8 +770,7 @@ def _bullets(lines: Iterable[str]) -> str:
 
 
 def _table(header: list[str], rows: Iterable[Sequence[str]], left: int = 2) -> str:
-    cells = [[Cell(_line(text)) for text in row] for row in rows]
-    return FORMATS["markdown"](Table("", header, cells, left)).strip()
+    return Table("", header, [list(map(_line, row)) for row in rows], left).markdown()
 
 
 def _sides(sides: Iterable[str]) -> str:

@@ -1,14 +1,14 @@
 """A report as a page of HTML and as Markdown: what it is made of, and how that is written."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import ClassVar
 
-from ..evaluation.comparison import EXAMPLE_FORMATS, FORMATS, Cell, Table, escape_markdown
-from ..evaluation.examples import Example
+from ..evaluation.examples import Example, example_tables
 from ..utils.files import atomic_open
+from ..utils.tables import Cell, Table, escape_markdown, write
 
 
 HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
@@ -254,13 +254,13 @@ def _block(block: Block, level: int) -> str:
         case Fold(title, blocks):
             return "\n\n".join([f"{heading} {_inline(title)}", *(_block(each, level + 1) for each in blocks)])
         case Cases(title, measure, names, examples, source):
-            written = EXAMPLE_FORMATS["markdown"](measure, names, examples)
+            written = write(example_tables(measure, names, examples, "markdown"), "markdown")
             return f"{heading} {_inline(title)}\n\n{written}\n\n{_from(source)}"
 
 
 def _table(table: Table, source: tuple[str, ...]) -> str:
     rows = [[cell._replace(text=" ".join(_clean(cell.text).split())) for cell in row] for row in table.rows]
-    return f"{FORMATS['markdown'](table._replace(rows=rows))}\n\n{_from(source)}"
+    return f"{replace(table, rows=rows).markdown()}\n\n{_from(source)}"
 
 
 def _from(source: tuple[str, ...]) -> str:

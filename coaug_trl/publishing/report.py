@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..data.groups import TEXT_TYPES
-from ..evaluation.comparison import LETTERS, SIGNIFICANT, Cell, Comparison, Pair, Table, format_p, language_of
+from ..evaluation.comparison import LETTERS, SIGNIFICANT, Comparison, Pair, format_p, language_of
 from ..evaluation.examples import read_examples, read_texts
 from ..evaluation.folder import TEXTS_FILE
 from ..policy.prompts import PROMPT_SET_FILE
@@ -26,6 +26,7 @@ from ..policy.settings import POLICY_FILE
 from ..training.record import TRAINING_FILE
 from ..utils.charts import draw_gains, draw_lines
 from ..utils.errors import InputError
+from ..utils.tables import Cell, Table
 from ..utils.terminal import describe_seconds
 from .pages import (
     Bars,

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..evaluation.comparison import Cell, Table
 from ..utils.errors import InputError
+from ..utils.tables import Table
 
 
 # Advantages under each normalisation
@@ -230,4 +230,4 @@ def anomalies_table(rows: Sequence[Anomalies], title: str) -> Table:
         + [f"{share:.1%}" for share in (row.small_before, row.small_after, row.amplified, row.same_sign)]
         for row in rows
     ]
-    return Table(title, header, [list(map(Cell, row)) for row in cells], left=2)
+    return Table(title, header, cells, left=2)

@@ -11,9 +11,9 @@ from tqdm.auto import tqdm
 
 from ..data.collection import Collection
 from ..data.document import Document, document_text
-from ..evaluation.comparison import Cell, Table
 from ..retrieval.analyzer import Analyzer
 from ..utils.errors import InputError
+from ..utils.tables import Table
 
 
 COUNT_CHUNK = 10_000
@@ -194,7 +194,7 @@ def alignment_table(rows: Sequence[Alignment], title: str) -> Table:
         ]
         for row in rows
     ]
-    return Table(title, header, [list(map(Cell, row)) for row in cells], left=2)
+    return Table(title, header, cells, left=2)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..evaluation.comparison import Cell, Table
 from ..rewards.ndcg import exact_ndcg_rewards, sampled_ndcg_rewards
 from ..utils.errors import InputError
 from ..utils.files import write_json
+from ..utils.tables import Table
 
 
 # Error of the sampled reward
@@ -151,26 +151,35 @@ def study_rewards(
     with tqdm(total=total, desc="Sampling", delay=2, leave=False, bar_format="{l_bar}{bar}| {elapsed}") as progress:
         for pool in work:
             scores, relevance = generate_scores(pool, seed)
-            exact_runs = [_timed(exact_ndcg_rewards, scores, relevance, NDCG_K) for _ in range(repeats)]
-            (exact_queries, exact_documents), _ = exact_runs[0]
+            exact = [_timed(exact_ndcg_rewards, scores, relevance, NDCG_K) for _ in range(repeats)]
             for num_samples in samples:
-                runs = []
+                sampled = []
                 for repeat in range(repeats):
                     arguments = (scores, relevance, NDCG_K, num_samples)
-                    runs.append(_timed(sampled_ndcg_rewards, *arguments, seed=seed + repeat))
+                    sampled.append(_timed(sampled_ndcg_rewards, *arguments, seed=seed + repeat))
                     progress.update(work[pool] * num_samples)
-                rows.append(
-                    RewardError(
-                        pool,
-                        len(relevance),
-                        num_samples,
-                        *_errors([queries for (queries, _), _ in runs], exact_queries),
-                        *_errors([documents for (_, documents), _ in runs], exact_documents),
-                        sampled_seconds=float(np.median([seconds for _, seconds in runs])),
-                        exact_seconds=float(np.median([seconds for _, seconds in exact_runs])),
-                    )
-                )
+                rows.append(_compare(scores.shape, num_samples, sampled, exact))
     return rows
+
+
+def _compare(
+    shape: tuple[int, int, int, int],
+    num_samples: int,
+    sampled: list[tuple[Any, float]],
+    exact: list[tuple[Any, float]],
+) -> RewardError:
+    """Of the rewards of a pool, sampled and exact, each with its seconds."""
+    num_queries, _, num_documents, _ = shape
+    (exact_queries, exact_documents), _ = exact[0]
+    return RewardError(
+        num_documents,
+        num_queries,
+        num_samples,
+        *_errors([queries for (queries, _), _ in sampled], exact_queries),
+        *_errors([documents for (_, documents), _ in sampled], exact_documents),
+        sampled_seconds=float(np.median([seconds for _, seconds in sampled])),
+        exact_seconds=float(np.median([seconds for _, seconds in exact])),
+    )
 
 
 def _timed(function: Callable, *args, **kwargs) -> tuple[Any, float]:
@@ -197,7 +206,7 @@ def errors_table(rows: Sequence[RewardError], title: str) -> Table:
         + [f"{row.sampled_seconds:.4f}", f"{row.exact_seconds:.4f}"]
         for row in rows
     ]
-    return Table(title, header, [list(map(Cell, row)) for row in cells], left=0)
+    return Table(title, header, cells, left=0)
 
 
 def save_study(rows: Sequence[RewardError], settings: dict[str, Any], output_dir: str | Path) -> None:

@@ -127,10 +127,10 @@ def test_holm_corrects_upwards_in_order_and_no_more_than_bonferroni(p_values):
 
 
 def test_effect_size_where_there_is_no_deviation():
-    assert effect_size({"a": 0.5, "b": 0.2}, {"a": 0.5, "b": 0.2}) == 0
-    assert effect_size({"a": 0.3, "b": 0.4}, {"a": 0.1, "b": 0.2}) == np.inf
-    assert effect_size({"a": 0.1, "b": 0.2}, {"a": 0.3, "b": 0.4}) == -np.inf
-    assert np.isnan(effect_size({"a": 1.0}, {"a": 0.0}))
+    assert effect_size(np.zeros(2)) == 0
+    assert effect_size(np.array([0.3, 0.4]) - [0.1, 0.2]) == np.inf
+    assert effect_size(np.array([0.1, 0.2]) - [0.3, 0.4]) == -np.inf
+    assert np.isnan(effect_size(np.ones(1)))
 
 
 def test_the_queries_that_changed_most(comparison, folders):
@@ -342,7 +342,7 @@ def two_systems(tmp_path):
 
 
 def shown(pieces):
-    return "".join(f"[{piece.text}]" if piece.shared else piece.text for piece in pieces)
+    return "".join(f"[{piece.text}]" if piece.mark else piece.text for piece in pieces)
 
 
 def test_examples_show_the_document_that_moved_and_the_words_shared(two_systems):

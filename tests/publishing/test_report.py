@@ -219,7 +219,7 @@ def test_shared_words_are_marked(page, trained_run):
         for system in example.sides
         for side in system
         for piece in (*side.text, *side.augmentation)
-        if piece.shared
+        if piece.mark
     ]
     assert comparison.examples and shared
     assert "part in the DCG changed most in the direction of the query's change" in page.text_content("#cases")

@@ -13,6 +13,7 @@ from ..policy.prompts import PromptSet
 from ..policy.settings import retriever_differences
 from ..retrieval.base import Retriever
 from ..utils.errors import InputError
+from ..utils.files import read_json
 
 
 MANIFEST = "manifest.json"
@@ -142,15 +143,10 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); restore it, or augment again into another folder.") from None
+    manifest = read_json(path, "restore it, or augment again into another folder")
     wanted = {"model", *IDENTITY, "retriever", "sides"}
-    if (
-        not isinstance(manifest, dict)
-        or not manifest.keys() >= wanted
-        or not all(isinstance(manifest[key], dict) for key in ("generation", "retriever", "sides"))
+    if not manifest.keys() >= wanted or not all(
+        isinstance(manifest[key], dict) for key in ("generation", "retriever", "sides")
     ):
         raise InputError(f"{path}: not the manifest of augmentations; choose another folder.")
     return manifest

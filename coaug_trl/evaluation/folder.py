@@ -14,7 +14,7 @@ from ..data.document import document_text
 from ..policy.settings import package_versions
 from ..retrieval.base import Run
 from ..utils.errors import InputError
-from ..utils.files import atomic_open, write_json, write_jsonl
+from ..utils.files import atomic_open, read_json, write_json, write_jsonl
 from .measures import MEASURES, Qrels, break_ties, evaluate_run
 
 
@@ -234,7 +234,7 @@ def load_evaluation(folder: str | Path) -> Evaluation:
         raise InputError(
             f"{folder} is not a finished evaluation: {', '.join(missing)} is missing; make it with coaug evaluate."
         )
-    metrics, manifest = _read_object(folder / "metrics.json"), _read_object(folder / "manifest.json")
+    metrics, manifest = (read_json(folder / name, "evaluate again") for name in ("metrics.json", "manifest.json"))
     if not isinstance(manifest.get("retriever"), dict):
         raise InputError(f"{folder / 'manifest.json'} does not say with which retriever; evaluate again.")
     path = folder / "per_query.jsonl"
@@ -262,13 +262,3 @@ def load_evaluation(folder: str | Path) -> Evaluation:
                 "files are not of one evaluation; evaluate again."
             )
     return evaluation
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); evaluate again.") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: not a JSON object; evaluate again.")
-    return content

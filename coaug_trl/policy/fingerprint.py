@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
 )
 
 from ..utils.errors import InputError
+from ..utils.files import read_json
 
 
 ADAPTER_FILE = "adapter_config.json"
@@ -38,11 +39,8 @@ def folder_hash(folder: str | Path) -> str | None:
 
 
 def _adapter_settings(path: Path) -> bytes:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config.pop("base_model_name_or_path", None)
-    except (ValueError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}: not the configuration of an adapter ({error}); restore the file.") from None
+    config = read_json(path)
+    config.pop("base_model_name_or_path", None)
     # PEFT keeps the names of modules in a set, and writes them in another order each time.
     sets = {name: sorted(value, key=str) for name, value in config.items() if isinstance(value, list)}
     return json.dumps(config | sets, sort_keys=True).encode()
@@ -72,12 +70,9 @@ def fingerprint(model: str, revision: str | None = None) -> str | None:
         known = next((path.parent.name for path in (config, adapter) if path), None)
     if known is None or adapter is None or not adapter.is_file():
         return known or revision
-    try:
-        config = json.loads(adapter.read_text(encoding="utf-8"))
-        base, base_revision = config.get("base_model_name_or_path"), config.get("revision")
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{adapter}: not the configuration of an adapter ({error}); restore the file.") from None
-    base = fingerprint(base, base_revision) if isinstance(base, str) else None
+    config = read_json(adapter)
+    base = config.get("base_model_name_or_path")
+    base = fingerprint(base, config.get("revision")) if isinstance(base, str) else None
     return f"{known}+{base}" if base else known
 
 

@@ -1,13 +1,12 @@
 """What must be the same in training, augmentation, evaluation and search, saved beside the model's weights."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ..utils.errors import InputError
-from ..utils.files import write_json
+from ..utils.files import read_json, write_json
 from .prompts import PROMPT_SET_FILE, PromptSet
 
 
@@ -90,8 +89,8 @@ class PolicySettings:
         if not path.is_file():
             return None
         prompt_set = PromptSet.load(Path(folder))
+        content = read_json(path)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
             prompt_hash, retriever = content["prompt_hash"], content["retriever"]
             generation = GenerationSettings(**content["generation"])
             augment = content.get("augment", "both")  # policies of version 0.1.0 do not say

@@ -14,8 +14,9 @@ from ..policy.fingerprint import ADAPTER_FILE, MODEL_WEIGHTS
 from ..policy.prompts import PROMPT_SET_FILE
 from ..policy.settings import POLICY_FILE
 from ..utils.errors import InputError
+from ..utils.files import read_json
 from ..utils.names import is_local, last_part, without_folders
-from .record import RunRecord, load_record, read_object
+from .record import RunRecord, load_record
 from .upload import EVALUATION_FILES, Upload, check_repo_id
 
 
@@ -70,7 +71,7 @@ def prepare(
     check_repo_id(repo_id)
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder.")
-    manifest = read_object(folder / MANIFEST)
+    manifest = read_json(folder / MANIFEST, missing={})
     kind = "run"
     if not (folder / POLICY_FILE).is_file():
         kind = "index" if "finished" in manifest else "augmentations" if "sides" in manifest else "other"
@@ -128,7 +129,7 @@ def prepare_run(
     card, curves = describe_run(record, repo_id, tags)
     files |= curves
     notes = []
-    adapter = read_object(folder / ADAPTER_FILE)
+    adapter = read_json(folder / ADAPTER_FILE, missing={})
     if is_local(base := adapter.get("base_model_name_or_path")):
         notes.append(
             f"the adapter's base model is {base}, a folder of this machine: others cannot load it. Train from a model "
@@ -298,7 +299,7 @@ def select_files(folder: Path, patterns: Iterable[str]) -> dict[str, Path | byte
             continue
         files[name] = path
         if name in _WITH_PATHS:
-            content = read_object(path)
+            content = read_json(path, missing={})
             if (cleaned := without_folders(content)) != content:
                 files[name] = (json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n").encode()
     return files
@@ -315,7 +316,7 @@ def check_weights(folder: Path) -> None:
             f"{folder} holds no weights (*.safetensors); let the same coaug train command finish the run, or push a "
             "checkpoint of it."
         )
-    shards = read_object(folder / "model.safetensors.index.json").get("weight_map", {})
+    shards = read_json(folder / "model.safetensors.index.json", missing={}).get("weight_map", {})
     if missing := sorted(set(shards.values()) - {path.name for path in weights}):
         raise InputError(
             f"{folder} lacks {missing[0]}, a part of the weights; bring it back, or save the model again."

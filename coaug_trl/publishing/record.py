@@ -1,6 +1,5 @@
 """What a training run left in its folder, read for its card and its report."""
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from ..policy.fingerprint import folder_hash
 from ..policy.settings import PolicySettings
 from ..training.record import TRAINING_FILE
 from ..utils.errors import InputError
+from ..utils.files import read_json
 
 
 TRAINER_STATE = "trainer_state.json"
@@ -174,7 +174,7 @@ def load_record(folder: str | Path, evaluations: Iterable[str | Path] = ()) -> R
     identity = {"revision": folder_hash(folder), "prompt_hash": settings.prompt_set.hash}
     read = [_read_evaluation(path, identity) for path in {path.resolve(): path for path in found}.values()]
     read.sort(key=lambda each: _order(each, settings))
-    training, state = read_object(folder / TRAINING_FILE), read_object(folder / TRAINER_STATE)
+    training, state = read_json(folder / TRAINING_FILE, missing={}), read_json(folder / TRAINER_STATE, missing={})
     _check_training(folder / TRAINING_FILE, training)
     _check_state(folder / TRAINER_STATE, state)
     best_step = state.get("best_global_step")
@@ -255,16 +255,3 @@ def _read_evaluation(folder: Path, identity: dict[str, Any]) -> Evaluated:
         )
         return Evaluated(folder, evaluation, "policy" if is_policy else "other")
     return Evaluated(folder, evaluation, "other" if "rm3" in evaluation.manifest["retriever"] else "none")
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one if the file is not there."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); restore the file.") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: not a JSON object; restore the file.")
-    return content

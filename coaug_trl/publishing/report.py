@@ -26,6 +26,7 @@ from ..policy.settings import POLICY_FILE
 from ..training.record import TRAINING_FILE
 from ..utils.charts import draw_gains, draw_lines
 from ..utils.errors import InputError
+from ..utils.files import read_json
 from ..utils.tables import Cell, Table
 from ..utils.terminal import describe_seconds
 from .pages import (
@@ -43,7 +44,7 @@ from .pages import (
     Section,
     Verbatim,
 )
-from .record import DEPTH, TRAINER_STATE, Evaluated, RunRecord, find_evaluations, load_record, read_object
+from .record import DEPTH, TRAINER_STATE, Evaluated, RunRecord, find_evaluations, load_record
 
 
 MEASURE = "nDCG@10"
@@ -199,7 +200,7 @@ def _find_augmentations(folder: Path) -> list[Path]:
         path
         for path in paths
         if any((path / name).is_file() for name in ("queries.jsonl", "documents.jsonl"))
-        and "sides" in read_object(path / "manifest.json")
+        and "sides" in read_json(path / "manifest.json", missing={})
     )
 
 
@@ -365,10 +366,10 @@ def _p(value: float) -> str:
 
 def _trained(run: _Run) -> list[Block]:
     record, training, settings = run.record, run.record.training, run.record.settings
-    versions = read_object(record.folder / POLICY_FILE).get("versions", {})
+    versions = read_json(record.folder / POLICY_FILE, missing={}).get("versions", {})
     trained_part = "all weights"
     if record.adapter:
-        adapter = read_object(record.folder / "adapter_config.json")
+        adapter = read_json(record.folder / "adapter_config.json", missing={})
         rank, alpha = adapter.get("r"), adapter.get("lora_alpha")
         trained_part = f"an adapter ({adapter.get('peft_type', 'LoRA')}, rank {rank}, alpha {alpha})"
     arguments = training.get("arguments", {})

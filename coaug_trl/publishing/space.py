@@ -15,10 +15,9 @@ from ..policy.settings import POLICY_FILE
 from ..serving.demo import QRELS_FILE, QUERIES_FILE, JudgedQueries, model_name
 from ..serving.index import SearchIndex
 from ..utils.errors import InputError
-from ..utils.files import atomic_open
+from ..utils.files import atomic_open, read_json
 from ..utils.names import is_local
 from .publish import check_weights, select_files
-from .record import read_object
 
 
 # What serving needs of what the package depends on; more for a model, an adapter and a dense index.
@@ -152,7 +151,7 @@ def _is_space(folder: Path) -> bool:
 def _policy_files(folder: Path) -> dict[str, Path | bytes]:
     """What a policy is loaded from, and nothing of its training."""
     check_weights(folder)
-    base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
+    base = read_json(folder / "adapter_config.json", missing={}).get("base_model_name_or_path")
     _refuse_local(base, f"The base model of {folder}", "merge the adapter into it, or train from one of the Hub")
     return select_files(folder, POLICY_FILES)
 

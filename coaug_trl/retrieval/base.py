@@ -1,6 +1,5 @@
 """The interface that training, augmentation, evaluation and serving share."""
 
-import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable
@@ -11,11 +10,13 @@ import numpy as np
 
 from ..data.document import Document
 from ..utils.errors import InputError
+from ..utils.files import read_json
 
 
 Run = dict[str, dict[str, float]]
 SCORE_CHUNK = 1 << 22  # scores held at a time: 32 MB in float64
 SAMPLE_EVERY = 16  # a larger sample costs more to sort, a smaller one leaves more
+INDEX_AGAIN = "index the collection again"  # what to do about a damaged index
 
 
 class EncodedDocuments(Protocol):
@@ -212,10 +213,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "retriever.json"
     if not path.is_file():
         raise InputError(f"{folder} holds no finished index (there is no retriever.json): index the corpus again.")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise InputError(f"{folder}: the index is damaged (retriever.json); index the collection again.")
-    return config
+    return read_json(path, INDEX_AGAIN)
 
 
 def check_settings(folder: str | Path, config: dict[str, Any], names: Iterable[str]) -> None:

@@ -1,6 +1,5 @@
 """BM25, by bm25s for the index and by one sparse product for the scores of a training step."""
 
-import json
 import math
 import os
 import tempfile
@@ -19,9 +18,9 @@ from tqdm.auto import tqdm
 
 from ..data.document import Document
 from ..utils.errors import InputError
-from ..utils.files import write_json
+from ..utils.files import read_json, write_json
 from .analyzer import PROGRESS_FROM, Analyzer
-from .base import Retriever, best_places, check_depth, check_settings, read_config, unique_ids
+from .base import INDEX_AGAIN, Retriever, best_places, check_depth, check_settings, read_config, unique_ids
 from .statistics import FieldCounts, FieldStatistics, TermCounts, count_terms
 
 
@@ -323,13 +322,14 @@ class BM25Retriever(Retriever):
         check_settings(folder, config, ("k1", "b", "language", "fields"))
         retriever = cls(**config)
         indexes = [_load_field(field_folder(folder, i)) for i in range(len(retriever._field_texts))]
-        document_ids = _read_json(folder / "document_ids.json")
+        document_ids = read_json(folder / "document_ids.json", INDEX_AGAIN, list)
         if {index.scores["num_docs"] for index in indexes} != {len(document_ids)}:
             raise InputError(
                 f"{folder}: the index is damaged ({len(document_ids)} ids are not those of its documents); index the "
                 "collection again."
             )
-        retriever._take_index(indexes, _read_json(folder / "statistics.json")["average_lengths"], document_ids)
+        average_lengths = read_json(folder / "statistics.json", INDEX_AGAIN)["average_lengths"]
+        retriever._take_index(indexes, average_lengths, document_ids)
         return retriever
 
     def _take_index(self, indexes: list[bm25s.BM25], average_lengths: list[float], document_ids: list[str]) -> None:
@@ -395,7 +395,3 @@ def _load_field(folder: Path) -> bm25s.BM25:
         # The same memory as a plain array, which is sliced faster.
         field_index.scores[name] = np.asarray(field_index.scores[name])
     return field_index
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

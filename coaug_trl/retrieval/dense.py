@@ -1,7 +1,6 @@
 """Dense retrieval: any sentence-transformers model, FAISS for the index, one matrix product in a training step."""
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -16,8 +15,8 @@ from tqdm.auto import tqdm
 
 from ..data.document import Document, document_text
 from ..utils.errors import InputError
-from ..utils.files import write_json
-from .base import Retriever, check_depth, check_settings, read_config, select_nearest, unique_ids
+from ..utils.files import read_json, write_json
+from .base import INDEX_AGAIN, Retriever, check_depth, check_settings, read_config, select_nearest, unique_ids
 
 
 try:
@@ -333,7 +332,7 @@ class DenseRetriever(Retriever):
             raise InputError(f"{folder} holds an index of another retriever than a dense one: see its retriever.json.")
         check_settings(folder, config, SETTINGS)
         retriever = cls(**config)
-        document_ids = json.loads((folder / "document_ids.json").read_text(encoding="utf-8"))
+        document_ids = read_json(folder / "document_ids.json", INDEX_AGAIN, list)
         try:
             index = faiss.read_index(str(folder / "index.faiss"))
         except RuntimeError as error:

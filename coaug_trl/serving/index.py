@@ -13,7 +13,7 @@ from ..policy.prompts import PROMPT_SET_FILE, PromptSet
 from ..policy.settings import GenerationSettings, PolicySettings, package_versions, retriever_differences
 from ..retrieval import Retriever, load_retriever
 from ..utils.errors import InputError
-from ..utils.files import write_json, write_jsonl
+from ..utils.files import read_json, write_json, write_jsonl
 from ..utils.terminal import note
 
 
@@ -338,10 +338,9 @@ def refuse_other_content(folder: str | Path) -> None:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an index, or an empty dictionary if there is none that can be read."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return read_json(folder / MANIFEST, missing={})
+    except InputError:
         return {}
-    return manifest if isinstance(manifest, dict) else {}
 
 
 def _check_manifest(manifest: dict[str, Any], name: str | Path) -> None:

@@ -157,7 +157,6 @@ def generate_rewards(arguments: list[str]) -> dict[tuple[int, str, str], list[fl
         training_args.output_dir = folder
         trainer = make_trainer(script_args, training_args, model_args)
         trainer.model.train()  # else TRL takes the batch for one of an evaluation, with one rollout a text
-        trainer.state.max_steps = 1  # else the sampler takes the training for ended
         trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
         return group_rewards(trainer._logs["extra"] | trainer._logs["rewards"])
 

@@ -1,7 +1,6 @@
 """Checkpoints that can be trusted: whole or named as incomplete, and holding the rollouts a run was training on."""
 
 import errno
-import json
 import logging
 import os
 import shutil
@@ -19,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
 
 from ..utils.errors import InputError
-from ..utils.files import write_json
+from ..utils.files import read_json, write_json
 
 
 logger = logging.getLogger(__name__)
@@ -64,8 +63,8 @@ def why_incomplete(checkpoint: str | Path) -> str | None:
     listed = {"files": {}}
     if (checkpoint / FILES_FILE).exists():
         try:
-            listed = json.loads((checkpoint / FILES_FILE).read_text(encoding="utf-8"))
-        except ValueError:
+            listed = read_json(checkpoint / FILES_FILE)
+        except InputError:
             return f"{FILES_FILE} cannot be read"
         if listed["files"] is None:
             return "it was not written to its end"
@@ -210,7 +209,7 @@ def load_state(folder: Path, trainer: GRPOTrainer) -> None:
     """
     if not (folder / STATE_FILE).is_file():
         return
-    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    state = read_json(folder / STATE_FILE, "resume from another checkpoint")
     trainer.retriever.load_state(state["retriever_state"])
     trainer._step = state["step"]
     if trainer._step:

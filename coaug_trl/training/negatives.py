@@ -16,7 +16,8 @@ from ..policy.settings import package_versions
 from ..retrieval import Retriever
 from ..retrieval.base import retrieve
 from ..utils.distributed import run_together
-from ..utils.files import atomic_open
+from ..utils.errors import InputError
+from ..utils.files import atomic_open, read_json
 from .config import CoAugConfig
 
 
@@ -93,10 +94,10 @@ def _read(path: Path, key: dict[str, Any]) -> dict[str, list[str]] | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         changed = [name for name in key if content["key"][name] != key[name]]
         hard_negatives = content["hard_negatives"]
-    except (ValueError, KeyError, TypeError):
+    except (InputError, KeyError, TypeError):
         logger.warning(f"{path} is damaged: hard negatives are mined again.")
         return None
     if changed:

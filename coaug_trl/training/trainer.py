@@ -206,7 +206,7 @@ class CoAugTrainer(GRPOTrainer):
             self._completions_per_group,
             repeat_count,
             current_epoch=lambda: self.state.global_step // steps_per_epoch,
-            has_ended=lambda: self.state.global_step >= self.state.max_steps,
+            has_ended=lambda: 0 < self.state.max_steps <= self.state.global_step,
         )
 
     def _generate_and_score_completions(self, inputs: list[Group]) -> dict[str, torch.Tensor | Any]:

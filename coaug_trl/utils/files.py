@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from .errors import InputError
+
 
 @contextmanager
 def atomic_open(path: str | Path) -> Iterator[TextIO]:
@@ -34,6 +36,40 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def read_json(
+    path: str | Path, remedy: str = "restore the file", kind: type = dict, missing: Any | None = None
+) -> Any:
+    """
+    Reads a small JSON file.
+
+    Args:
+        path (`str` or `Path`):
+            The file.
+        remedy (`str`, *optional*, defaults to `"restore the file"`):
+            What to do if it is damaged, for the message.
+        kind (`type`, *optional*, defaults to `dict`):
+            What the file holds: `dict` or `list`.
+        missing (*optional*):
+            Returned if there is no such file.
+
+    Raises:
+        `InputError`: The file is damaged, or holds something else.
+        `FileNotFoundError`: There is no such file, and `missing` is not given.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        if missing is None:
+            raise
+        return missing
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: it is damaged ({error}); {remedy}.") from None
+    if not isinstance(content, kind):
+        wanted = "a JSON object" if kind is dict else "a list"
+        raise InputError(f"{path}: not {wanted}: it is damaged (a {type(content).__name__}); {remedy}.")
+    return content
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -1,7 +1,6 @@
 """Generation with vLLM, one engine a process and GPU."""
 
 import itertools
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...policy.settings import GenerationSettings
 from ...utils.errors import InputError
+from ...utils.files import read_json
 from .base import Completion, Completions, Prompts, num_processes
 
 
@@ -70,7 +70,7 @@ class VLLMEngine:
         base = model_name_or_path
         adapter = Path(model_name_or_path) / "adapter_config.json"
         if adapter.is_file():
-            content = json.loads(adapter.read_text(encoding="utf-8"))
+            content = read_json(adapter)
             base = content["base_model_name_or_path"]
             settings = {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank(content["r"])}
         try:

@@ -1,4 +1,4 @@
-"""A Space on the Hub: a folder with the demo, the package that serves it, an index and a policy."""
+"""A Space on the Hub: an example that installs the package, and shows an index and a policy in the demo."""
 
 import shutil
 import sys
@@ -18,31 +18,9 @@ from ..utils.errors import InputError
 from ..utils.files import atomic_open, read_json
 from ..utils.names import is_local
 from .publish import check_weights, select_files
+from .upload import is_demo_app
 
 
-# What serving needs of what the package depends on; more for a model, an adapter and a dense index.
-SERVING = (
-    "bm25s",
-    "gradio",
-    "huggingface_hub",
-    "ir-measures",
-    "numpy",
-    "PyStemmer",
-    "pyyaml",
-    "rich",
-    "scipy",
-    "tqdm",
-)
-SERVING_MODEL = ("safetensors", "torch", "transformers")
-SERVING_DENSE = ("faiss-cpu", "sentence-transformers", *SERVING_MODEL)
-SOURCES = (
-    "*.py",
-    "*/*.py",
-    "*/*/*.py",
-    "policy/prompt_sets/*.yaml",
-    "policy/prompt_sets/baselines/*.yaml",
-    "publishing/templates/*",
-)
 POLICY_FILES = (*MODEL_FILES, *TOKENIZER_FILES, POLICY_FILE, PROMPT_SET_FILE)
 APP = """\
 from pathlib import Path
@@ -66,11 +44,12 @@ What a query finds as it is, beside what it finds with the words that a language
 - index: {index}
 - model: {model}
 - judged queries: {judged}
-- `app.py`, and `coaug_trl/`, the source of the package that serves it (version {version}), so that the package itself
-  need not be installed
 
 It runs anywhere: `pip install -r requirements.txt`, then `python app.py`. Visitors are not told apart: whoever sees the
 Space can keep its model busy.
+
+Until coaug-trl {version} is on PyPI, put the wheel that `python -m build` makes beside this file, and name it in
+requirements.txt: `coaug-trl[{extras}] @ https://huggingface.co/spaces/USER/NAME/resolve/main/coaug_trl-{version}-py3-none-any.whl`.
 
 The code is under the Apache License 2.0; documents, queries and models are under licenses of their own.
 """
@@ -82,12 +61,12 @@ def write_space(
     """
     Writes a folder that is a Space as it stands, and that runs anywhere by `python app.py`.
 
-    The source of the package comes along, so that a Space searches with the code that indexed.
+    It installs the version of the package that wrote it, so that a Space searches with the code that indexed.
 
     Args:
         folder (`str` or `Path`):
-            The folder: `app.py`, `requirements.txt`, `README.md` with the settings of the Space, `coaug_trl/`,
-            `index/`, `model/` and, if there are any, judged queries. A Space that was written there is replaced.
+            The folder: `app.py`, `requirements.txt`, `README.md` with the settings of the Space, `index/`, `model/`
+            and, if there are any, judged queries. A Space that was written there is replaced.
         index (`str` or `Path`):
             Index to search: a folder, which is copied, or a Hub id, which the Space loads.
         model (`str`, *optional*):
@@ -107,11 +86,8 @@ def write_space(
         raise InputError(f"{folder} holds something other than a Space; choose another folder.")
     loaded = SearchIndex.load(index)
     _refuse_local(loaded.retriever.config.get("model"), f"The encoder of {index}", "index with one of the Hub")
-    packages = {*SERVING, *(SERVING_DENSE if loaded.retriever.kind == "dense" else ())}
+    extras = "demo,dense" if loaded.retriever.kind == "dense" else "demo"
     files: dict[str, Path | bytes] = {}
-    package = Path(__file__).parents[1]
-    for pattern in SOURCES:
-        files |= {f"coaug_trl/{path.relative_to(package).as_posix()}": path for path in package.glob(pattern)}
     if loaded.hub_id is None:
         files |= _beneath("index", select_files(loaded.folder, (*INDEX_FILES, *BM25S_FILES)))
         for field in sorted(loaded.folder.glob("field_*")):
@@ -121,13 +97,12 @@ def write_space(
         files |= _beneath("model", _policy_files(Path(model)))
     if model:
         augmenter = loaded.augmenter(model)  # refuses a model that the index was not made for
-        packages |= {*SERVING_MODEL, *(("peft",) if "model/adapter_config.json" in files else ())}
         described = f"{model_name(augmenter.name)} ({augmenter.revision}){', in `model/`' if local else ''}"
     files["app.py"] = APP.format(
         index=repr(loaded.hub_id) if loaded.hub_id else 'here / "index"',
         model='str(here / "model")' if local else repr(model),
     ).encode()
-    files["requirements.txt"] = "".join(f"{package}=={_version(package)}\n" for package in sorted(packages)).encode()
+    files["requirements.txt"] = f"coaug-trl[{extras}]=={__version__}\n".encode()
     name, count = loaded.manifest["collection"], f"{loaded.manifest['num_documents']:,} documents"
     files["README.md"] = CARD.format(
         settings=_settings(name, [place for place in (loaded.hub_id, None if local else model) if place]),
@@ -136,16 +111,14 @@ def write_space(
         model=described if model else "none",
         judged=f"{len(judged.queries):,}, in `{QUERIES_FILE}` and `{QRELS_FILE}`" if judged else "none",
         version=__version__,
+        extras=extras,
     ).encode()
     return _write(folder, files) + (judged.save(folder) if judged else [])
 
 
 def _is_space(folder: Path) -> bool:
     """Whether a folder is one that was written here, and may be replaced."""
-    app = folder / "app.py"
-    return app.is_file() and "from coaug_trl.serving.demo import Demo" in app.read_text(
-        encoding="utf-8", errors="replace"
-    )
+    return (folder / "app.py").is_file() and is_demo_app(folder / "app.py")
 
 
 def _policy_files(folder: Path) -> dict[str, Path | bytes]:
@@ -165,11 +138,6 @@ def _beneath(name: str, files: dict[str, Path | bytes]) -> dict[str, Path | byte
     return {f"{name}/{file}": content for file, content in files.items()}
 
 
-def _version(package: str) -> str:
-    """The version that is installed, without the part that names a build."""
-    return version(package).partition("+")[0]
-
-
 def _settings(collection: str, models: list[str]) -> str:
     """Those of the Space, as YAML."""
     settings: dict[str, Any] = {
@@ -178,7 +146,7 @@ def _settings(collection: str, models: list[str]) -> str:
         "colorFrom": "blue",
         "colorTo": "gray",
         "sdk": "gradio",
-        "sdk_version": _version("gradio"),
+        "sdk_version": version("gradio").partition("+")[0],
         "python_version": f"{sys.version_info.major}.{sys.version_info.minor}",
         "app_file": "app.py",
         "license": "apache-2.0",
@@ -189,7 +157,7 @@ def _settings(collection: str, models: list[str]) -> str:
 
 
 def _write(folder: Path, files: dict[str, Path | bytes]) -> list[Path]:
-    """Writes the files, in place of those of a Space that was written before."""
+    """Writes the files, in place of those of a Space that was written before, which up to 0.1 held the package."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_open(folder / "app.py") as file:  # first, so that an interrupted folder is known to be a Space
         file.write(files["app.py"].decode())

@@ -1,5 +1,6 @@
 """What `coaug push` puts on the Hugging Face Hub."""
 
+import re
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -32,15 +33,15 @@ _PUSHED = {
     "dataset": {"": (MANIFEST, PROMPT_SET_FILE), "queries/": ("*.parquet",), "documents/": ("*.parquet",)},
     "space": {
         "": ("app.py", "requirements.txt", "queries.jsonl", "qrels.trec"),
-        **dict.fromkeys(("coaug_trl/", "index/", "model/"), ("*",)),
+        **dict.fromkeys(("coaug_trl/", "index/", "model/"), ("*",)),  # coaug_trl/ up to version 0.1
     },
 }
-# And by which files a repository shows that it was pushed as that.
+# And by which files a repository shows that it was pushed as that; a Space also by what its app imports.
 _MARKS = {
     "policy": {POLICY_FILE},
     "index": {MANIFEST, "retriever.json"},
     "dataset": {MANIFEST, PROMPT_SET_FILE},
-    "space": {"app.py", "coaug_trl/__init__.py"},
+    "space": {"app.py", "requirements.txt"},
 }
 _NAMES = {"policy": "a policy", "index": "an index", "dataset": "augmentations", "space": "a Space"}
 
@@ -80,6 +81,12 @@ class Upload:
         if self.card:
             sizes[CARD_FILE] = len(str(self.card).encode())
         return sizes
+
+
+def is_demo_app(path: str | Path) -> bool:
+    """Whether `app.py` is one that `coaug push` wrote, in this version or in 0.1."""
+    app = Path(path).read_text(encoding="utf-8", errors="replace")
+    return re.search(r"from coaug_trl\.(serving\.)?demo import Demo", app) is not None
 
 
 # Pushing
@@ -170,7 +177,12 @@ def push(
             check_private(**place, token=token)
         if revision:
             api.create_branch(**place, branch=revision, exist_ok=True)
-        stale = _stale_files(upload, api.list_repo_files(**place, revision=revision), repo_id)
+        present = api.list_repo_files(**place, revision=revision)
+        if upload.repo_type == "space" and _MARKS["space"] <= set(present):
+            app = api.hf_hub_download(**place, filename="app.py", revision=revision)
+            if not is_demo_app(app):
+                raise InputError(f"{repo_id} holds another app than a demo of coaug push; choose another repo_id.")
+        stale = _stale_files(upload, present, repo_id)
         files = dict(upload.files)
         if upload.card:
             files[CARD_FILE] = str(upload.card).encode()

@@ -593,6 +593,28 @@ def test_a_space_is_written_and_pushed(hub, coaug, made, tmp_path):
     assert not any(name.startswith("index/") for name in hub.files("me/space", "space"))
 
 
+OLD_APP = "from pathlib import Path\n\nfrom coaug_trl.demo import Demo, JudgedQueries\n"  # of version 0.1
+
+
+@pytest.mark.parametrize("app, replaced", [(OLD_APP, True), ("import gradio\n", False)])
+def test_a_space_of_the_old_form_is_replaced_and_another_app_is_not(hub, coaug, made, tmp_path, app, replaced):
+    repo_id = f"me/{'old' if replaced else 'other'}"
+    huggingface_hub.HfApi().create_repo(repo_id, repo_type="space", space_sdk="gradio")
+    old = {"app.py": app, "requirements.txt": "gradio", "coaug_trl/__init__.py": "", "coaug_trl/demo.py": ""}
+    for name, content in old.items():
+        huggingface_hub.HfApi().upload_file(
+            path_or_fileobj=content.encode(), path_in_repo=name, repo_id=repo_id, repo_type="space"
+        )
+    code, _, errors = coaug("push", made / "index", "--space", tmp_path / "space", "--repo_id", repo_id)
+    files = hub.files(repo_id, "space")
+    if replaced:
+        assert code == 0, errors
+        assert not any(name.startswith("coaug_trl/") for name in files)
+    else:
+        assert code != 0 and "another app" in errors
+        assert files["app.py"] == app.encode()
+
+
 @pytest.mark.parametrize(
     ("content", "left"),
     [

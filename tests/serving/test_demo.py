@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 
 import pytest
 import yaml
@@ -19,6 +20,7 @@ from conftest import make_tiny_model, write_beir_collection
 from hypothesis import given
 from hypothesis import strategies as st
 
+import coaug_trl
 from coaug_trl import Augmenter, BM25Retriever, Collection, PromptSet
 from coaug_trl.cli import main as cli
 from coaug_trl.policy.prompts import answer_so_far, extract_answer
@@ -685,7 +687,7 @@ def test_an_address_that_cannot_be_served_is_refused(refused, index, monkeypatch
 def test_without_gradio_it_is_said_how_to_get_it(refused, index, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     message = refused("demo", "--index", index, "--port", free_port())
-    assert 'pip install "coaug-trl[demo]"' in message
+    assert 'pip install ".[demo]"' in message
 
 
 # A Space
@@ -701,18 +703,20 @@ def test_a_space_holds_what_it_needs_and_nothing_else(space, folder, index, poli
     assert sorted(space) == sorted(path for path in root.rglob("*") if path.is_file())
     names = {path.relative_to(root).as_posix() for path in space}
     expected = {"app.py", "requirements.txt", "README.md", "queries.jsonl", "qrels.trec", "index/manifest.json"}
-    assert names >= expected | {"model/model.safetensors", "model/coaug.json", "coaug_trl/serving/demo.py"}
+    assert names >= expected | {"model/model.safetensors", "model/coaug.json"}
     allowed = (".py", ".md", ".txt", ".json", ".jsonl", ".trec", ".yaml", ".npy", ".safetensors", ".jinja")
+    assert not any(name.startswith("coaug_trl") for name in names)
     assert all(name.endswith(allowed) for name in names)
     assert not any("checkpoint-" in name or "__pycache__" in name for name in names)
     for path in space:  # where things were
         assert str(folder).encode() not in path.read_bytes(), path
     requirements = (root / "requirements.txt").read_text(encoding="utf-8").split()
-    assert all(re.fullmatch(r"[\w.-]+==[0-9][0-9.a-z]*", line) for line in requirements)
+    assert requirements == [f"coaug-trl[demo]=={coaug_trl.__version__}"]
     _, settings, page = (root / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     settings = yaml.safe_load(settings)
     assert (settings["sdk"], settings["app_file"], settings["title"]) == ("gradio", "app.py", "Search advice")
-    assert f"gradio=={settings['sdk_version']}" in requirements
+    assert settings["sdk_version"] == version("gradio")
+    assert f"coaug_trl-{coaug_trl.__version__}-py3-none-any.whl" in page  # what to install until there is a release
     assert "42 documents of advice" in page
     assert JudgedQueries.read(root) == judged
     # once more into the same folder, without a model and judged queries

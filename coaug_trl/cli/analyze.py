@@ -134,7 +134,8 @@ def _show_analysis(settings: dict[str, Any], rows: list[Any], table: "Table") ->
 
 
 def reward(options: argparse.Namespace) -> None:
-    from ..studies.sampled_reward import errors_table, import_figure, save_study, study_rewards
+    from ..studies.sampled_reward import errors_table, save_study, study_rewards
+    from ..utils.charts import import_figure
 
     if options.output:  # rather now than after the work
         import_figure()

@@ -1,14 +1,14 @@
 """A report as a page of HTML and as Markdown: what it is made of, and how that is written."""
 
-import re
-from dataclasses import dataclass, replace
-from importlib import resources
+import base64
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from ..evaluation.examples import Example, example_tables
 from ..utils.files import atomic_open
-from ..utils.tables import Cell, Table, escape_markdown, write
+from ..utils.tables import Table, write
+from .templating import clean, fence, inline, render
 
 
 HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
@@ -72,7 +72,8 @@ class Figure:
     kind: ClassVar[str] = "figure"
     title: str
     note: str
-    svg: str
+    image: str  # of [`embed`]
+    description: str
     table: Table
     source: tuple[str, ...]
 
@@ -182,22 +183,14 @@ def save_report(report: Report, folder: str | Path) -> list[Path]:
     return paths
 
 
-def render_html(report: Report) -> str:
-    """The page; all text in it is escaped, and only charts go in as they are."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
+def embed(svg: bytes) -> str:
+    """A chart as the address of a picture: nothing in it reaches the page, and nothing is fetched."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
-    environment = Environment(
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-        finalize=lambda value: _clean(value) if type(value) is str else value,
-    )
-    environment.filters["chart"] = Markup
-    environment.filters["may_scroll"] = _may_scroll
-    template = resources.files(__package__).joinpath("templates", "report.html.jinja").read_text(encoding="utf-8")
-    return environment.from_string(template).render(report=report)
+
+def render_html(report: Report) -> str:
+    """The page; all text in it is escaped."""
+    return render("report.html.jinja", report=report, may_scroll=_may_scroll)
 
 
 def _may_scroll(table: Table) -> bool:
@@ -207,26 +200,16 @@ def _may_scroll(table: Table) -> bool:
     return letters > NARROW or len(rows) > SHORT
 
 
-def _clean(text: str) -> str:
-    """Without what neither HTML nor Markdown can hold: control characters and halves of surrogate pairs."""
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", " ", text)
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
 def render_markdown(report: Report) -> str:
     """The same in Markdown, with numbers in the place of charts."""
-    blocks = [f"# {_inline(report.title)}", _inline(report.subtitle), _inline(" ".join(report.headline))]
+    blocks = [f"# {inline(report.title)}", inline(report.subtitle), inline(" ".join(report.headline))]
     if report.bars:
         blocks.append(_block(report.bars, 2))
     blocks += [_block(hint, 2) for hint in report.hints]
     for section in report.sections:
-        blocks += [f"## {_inline(section.title)}", *(_block(block, 3) for block in section.blocks)]
-    blocks += [f"Note: {_inline(note)}." for note in report.notes]
-    return _clean("\n\n".join(blocks)) + "\n"
-
-
-def _inline(text: str) -> str:
-    return escape_markdown(" ".join(text.split()))
+        blocks += [f"## {inline(section.title)}", *(_block(block, 3) for block in section.blocks)]
+    blocks += [f"Note: {inline(note)}." for note in report.notes]
+    return clean("\n\n".join(blocks)) + "\n"
 
 
 def _block(block: Block, level: int) -> str:
@@ -234,34 +217,32 @@ def _block(block: Block, level: int) -> str:
     heading = "#" * level
     match block:
         case Paragraph(text):
-            return _inline(text)
+            return inline(text)
         case Hint(text, command):
-            return f"> {_inline(text)}" + f" `{command}`" * bool(command)
+            return f"> {inline(text)}" + f" `{command}`" * bool(command)
         case Bars(measure, title, rows, source):
-            cells = [[Cell(label), Cell(f"{value:.4f}")] for label, value in rows]
+            cells = [[label, f"{value:.4f}"] for label, value in rows]
             return _table(Table(title, ["system", measure], cells, left=1), source)
         case Facts(rows, source):
-            return "\n".join(f"- **{name}:** {_inline(value)}" for name, value in rows) + f"\n\n{_from(source)}"
+            return "\n".join(f"- **{name}:** {inline(value)}" for name, value in rows) + f"\n\n{_from(source)}"
         case Numbers(table, source):
             return _table(table, source)
-        case Figure(title, note, _, table, source):
-            return "\n\n".join([f"{heading} {_inline(title)}", _inline(note), _table(table, source)])
+        case Figure(title, note, _, _, table, source):
+            return "\n\n".join([f"{heading} {inline(title)}", inline(note), _table(table, source)])
         case Figures(figures, _):
             return "\n\n".join(_block(figure, level) for figure in figures)
         case Verbatim(text, source):
-            fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text) or [""]))
-            return f"{fence}text\n{text.strip()}\n{fence}\n\n{_from(source)}"
+            return f"{fence(text.strip(), 'text')}\n\n{_from(source)}"
         case Fold(title, blocks):
-            return "\n\n".join([f"{heading} {_inline(title)}", *(_block(each, level + 1) for each in blocks)])
+            return "\n\n".join([f"{heading} {inline(title)}", *(_block(each, level + 1) for each in blocks)])
         case Cases(title, measure, names, examples, source):
             written = write(example_tables(measure, names, examples, "markdown"), "markdown")
-            return f"{heading} {_inline(title)}\n\n{written}\n\n{_from(source)}"
+            return f"{heading} {inline(title)}\n\n{written}\n\n{_from(source)}"
 
 
 def _table(table: Table, source: tuple[str, ...]) -> str:
-    rows = [[cell._replace(text=" ".join(_clean(cell.text).split())) for cell in row] for row in table.rows]
-    return f"{replace(table, rows=rows).markdown()}\n\n{_from(source)}"
+    return f"{table.markdown()}\n\n{_from(source)}"
 
 
 def _from(source: tuple[str, ...]) -> str:
-    return f"<sub>from {', '.join(map(_inline, source))}</sub>"
+    return f"<sub>from {', '.join(map(inline, source))}</sub>"

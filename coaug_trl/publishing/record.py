@@ -87,6 +87,10 @@ class RunRecord:
         """A logged metric by optimizer step; empty if it was never logged."""
         return [(entry["step"], entry[name]) for entry in self.history if isinstance(entry.get(name), (int, float))]
 
+    def points(self, name: str) -> list[tuple[int, float]]:
+        """The same where it is finite, in order; the last value where a step was logged twice."""
+        return sorted({step: float(value) for step, value in self.curve(name) if math.isfinite(value)}.items())
+
     def last(self, name: str) -> Any:
         """What a metric was when it was last logged, or `None`."""
         return next((entry[name] for entry in reversed(self.history) if name in entry), None)
@@ -137,6 +141,13 @@ class RunRecord:
         """Whether the queries of a group are those of the training's `train_split` or `eval_split`."""
         collection, split, _ = group[0].key
         return [collection, split] == [self.training.get("collection"), self.training.get(name)]
+
+    def seen(self, group: Sequence[Evaluated]) -> str | None:
+        """What was learnt of the queries of a group: `"trained"` on them, or checkpoints `"chosen"` by them."""
+        if self.uses(group, "train_split"):
+            return "trained"
+        chosen = self.best_step is not None or self.training.get("arguments", {}).get("load_best_model_at_end")
+        return "chosen" if chosen and self.uses(group, "eval_split") else None
 
     def compare(self, group: Sequence[Evaluated]) -> Comparison | None:
         """Tests a group of [`comparable`] evaluations pair by pair, without examples; `None` for a single one."""

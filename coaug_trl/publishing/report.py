@@ -5,30 +5,37 @@ The page is self-contained: no scripts, nothing from the network. Both forms are
 they have the same numbers.
 """
 
-import json
 import math
 import os
-import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-import numpy as np
-
-from ..data.groups import TEXT_TYPES
 from ..evaluation.comparison import LETTERS, SIGNIFICANT, Comparison, Pair, format_p, language_of
 from ..evaluation.examples import read_examples, read_texts
 from ..evaluation.folder import TEXTS_FILE
 from ..policy.prompts import PROMPT_SET_FILE
 from ..policy.settings import POLICY_FILE
 from ..training.record import TRAINING_FILE
-from ..utils.charts import draw_gains, draw_lines
+from ..utils.charts import draw_gains
 from ..utils.errors import InputError
-from ..utils.files import read_json
-from ..utils.tables import Cell, Table
+from ..utils.tables import Table
 from ..utils.terminal import describe_seconds
+from .curves import training_curves
+from .facts import (
+    SIDE_NAMES,
+    Contrast,
+    Results,
+    describe_retriever,
+    describe_training,
+    find_results,
+    is_finite,
+    name_augmented,
+    name_sides,
+    write_value,
+)
 from .pages import (
     Bars,
     Block,
@@ -43,51 +50,13 @@ from .pages import (
     Report,
     Section,
     Verbatim,
+    embed,
 )
-from .record import DEPTH, TRAINER_STATE, Evaluated, RunRecord, find_evaluations, load_record
+from .record import DEPTH, TRAINER_STATE, RunRecord, find_evaluations, load_record, read_object
 
 
-MEASURE = "nDCG@10"
-# Rows of a table of steps, and of the table of queries, half of which are gains and half losses.
-STEP_ROWS, QUERY_ROWS = 11, 100
-QUERY_LENGTH = 100
-
-
-# Reading a run
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """
-    The policy against one other system: the other's place and the policy's, their pair, and the two alone. `kind` is
-    what the headline calls the other, `label` what its bar is called.
-    """
-
-    kind: str
-
-    label: str
-    other: int
-    policy: int
-    pair: Pair  # corrected for all systems
-    alone: Comparison
-
-
-@dataclass(frozen=True)
-class Results:
-    """Evaluations that can be compared, the comparison if there are two, and what the policy is held against."""
-
-    group: list[Evaluated]
-    measure: str
-    comparison: Comparison | None
-    contrasts: list[Contrast]
-    notes: list[str]
-
-    @property
-    def where(self) -> str:
-        """Collection and split, as far as they are known."""
-        manifest = self.group[0].evaluation.manifest
-        parts = [manifest.get("collection"), manifest.get("split") and f"{manifest['split']} split"]
-        return ", ".join(filter(None, parts)) or "a collection that was not recorded"
+# Rows of the table of queries, half of which are gains and half losses, and letters of a query in it.
+QUERY_ROWS, QUERY_LENGTH = 100, 100
 
 
 class _Run:
@@ -145,7 +114,7 @@ def make_report(
 
     Raises:
         `InputError`: The folder holds no trained policy, a file is damaged, there is nothing in a folder that was
-            given, or matplotlib or Jinja2 is not installed.
+            given, or matplotlib is not installed.
     """
     _check_packages()
     run = _Run(Path(run_folder), evaluations)
@@ -157,14 +126,15 @@ def make_report(
         folders += beneath
     folders = list({path.resolve(): path for path in folders}.values())
 
-    results = [_results(run, group) for group in run.record.comparable]
-    results.sort(key=lambda each: each.group[-1].system != "policy")  # what is about this policy comes first
+    results = sorted(
+        find_results(run.record), key=lambda each: not each.of_policy
+    )  # what is about this policy comes first
     headline, bars, hints = _headline(run, results)
     sections = [
         Section("training", "What was trained", _trained(run)),
-        Section("curves", "Training curves", _curves(run)),
+        Section("curves", "Training curves", training_curves(run.record, run.folder, run.of_record(TRAINER_STATE))),
         *(
-            Section(f"results-{number}" if number > 1 else "results", f"Results: {each.where}", _tables(run, each))
+            Section(f"results-{number}" if number > 1 else "results", f"Results: {_where(each)}", _tables(run, each))
             for number, each in enumerate(results, start=1)
         ),
         Section("words", "Shared words: H(Q,D)", _words(run, results, folders, collection)),
@@ -186,7 +156,6 @@ def make_report(
 
 def _check_packages() -> None:
     try:
-        import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise InputError(f'The report needs {error.name}: pip install ".[report]".') from None
@@ -200,64 +169,8 @@ def _find_augmentations(folder: Path) -> list[Path]:
         path
         for path in paths
         if any((path / name).is_file() for name in ("queries.jsonl", "documents.jsonl"))
-        and "sides" in read_json(path / "manifest.json", missing={})
+        and "sides" in read_object(path / "manifest.json")
     )
-
-
-def _results(run: _Run, group: list[Evaluated]) -> Results:
-    notes = []
-    if len(group) > len(LETTERS):
-        notes.append(f"{len(LETTERS)} evaluations are compared, {len(group) - len(LETTERS)} more left out")
-        group = [group[0], *group[1 - len(LETTERS) :]]
-    measures = group[-1].evaluation.measures
-    if len(group) == 1:
-        return Results(group, MEASURE if MEASURE in measures else measures[0], None, [], notes)
-    comparison = run.record.compare(group)
-    notes += comparison.notes
-    measure = MEASURE if MEASURE in comparison.values else next(iter(comparison.values))
-    return Results(group, measure, comparison, _contrasts(group, comparison, measure), notes)
-
-
-def _contrasts(group: list[Evaluated], comparison: Comparison, measure: str) -> list[Contrast]:
-    policy = len(group) - 1
-    if group[policy].system != "policy":
-        return []
-    means = comparison.means(measure)
-    alike = [_searched_with(each) == _searched_with(group[policy]) for each in group]
-    plain = [place for place, each in enumerate(group) if each.system == "none"]
-    plain.sort(key=lambda place: not alike[place])
-    others = [place for place, each in enumerate(group) if each.system != "policy" and place not in plain[:1]]
-    # neither another retriever nor another trained policy is a baseline
-    baselines = [place for place in others if alike[place] and group[place].system == "other"]
-    baselines = [place for place in baselines if not _trained_for(group[place])]
-    chosen = []
-    if plain:
-        kind = "no augmentation" + " and another retriever" * (not alike[plain[0]])
-        chosen.append((kind, kind, plain[0]))
-    if others:
-        best = max(baselines or others, key=means.__getitem__)
-        name = comparison.names[best]
-        chosen.append((f"the best {'baseline' if baselines else 'other system'}, {name}", name, best))
-    contrasts = []
-    for kind, label, place in chosen:
-        alone = comparison.between(place, policy)
-        (pair,) = (pair for pair in alone.pairs if pair.measure == measure)
-        changes, both = alone.changes(measure), [group[place], group[policy]]
-        if changes and all((each.folder / TEXTS_FILE).is_file() for each in both):
-            languages = [language_of(each.evaluation) for each in both]
-            alone = replace(alone, examples=read_examples([each.folder for each in both], changes, languages))
-        contrasts.append(Contrast(kind, label, place, policy, pair, alone))
-    return contrasts
-
-
-def _searched_with(evaluated: Evaluated) -> dict[str, Any]:
-    """The retriever's configuration, but for RM3, which adds to queries as a policy does."""
-    return {name: value for name, value in evaluated.evaluation.manifest["retriever"].items() if name != "rm3"}
-
-
-def _trained_for(evaluated: Evaluated) -> dict[str, Any]:
-    """The retriever that the model behind the augmentations was trained for; empty for an untrained one."""
-    return (evaluated.evaluation.manifest.get("augmentations") or {}).get("retriever") or {}
 
 
 # Sections
@@ -278,7 +191,7 @@ def _headline(run: _Run, results: list[Results]) -> tuple[list[str], Bars | None
     policy = main.group[-1]
     source = run.source(*(each.folder / "metrics.json" for each in main.group))
     count = policy.evaluation.metrics["num_queries"]
-    queries = f"{_queries(count)} of {main.where}"
+    queries = f"{_queries(count)} of {_where(main)}"
     if policy.system != "policy":
         means = [(each.folder.name, each.evaluation.metrics[main.measure]) for each in main.group]
         hint = Hint("This policy has not been evaluated. To do so:", EVALUATE)
@@ -287,10 +200,10 @@ def _headline(run: _Run, results: list[Results]) -> tuple[list[str], Bars | None
     value = policy.evaluation.metrics[main.measure]
     settings, retriever = run.record.settings, policy.evaluation.manifest["retriever"]
     sentences = [
-        f"On {queries}, {main.measure} is {value:.4f} with this policy, which augments {_both(policy.sides)} for "
-        f"{_name(retriever) if retriever == settings.retriever else _describe(retriever)} in "
+        f"On {queries}, {main.measure} is {value:.4f} with this policy, which augments {name_sides(policy.sides)} for "
+        f"{retriever.get('model', retriever['retriever']) if retriever == settings.retriever else describe_retriever(retriever)} in "
         f"{run.source(policy.folder)[0]}.",
-        *_caveats(run.record, main.group),
+        *([SEEN[main.seen]] if main.seen else []),
     ]
     rows = [("this policy", value)]
     for contrast in main.contrasts:
@@ -314,7 +227,7 @@ def _headline(run: _Run, results: list[Results]) -> tuple[list[str], Bars | None
     hints = []
     if retriever != settings.retriever or policy.sides != sorted(settings.sides):
         text = (
-            f"It was trained to augment {_both(settings.sides)} for {_describe(settings.retriever)}, and has not been "
+            f"It was trained to augment {name_sides(settings.sides)} for {describe_retriever(settings.retriever)}, and has not been "
             "evaluated so. To do so:"
         )
         hints.append(Hint(text, EVALUATE))
@@ -328,21 +241,17 @@ def _headline(run: _Run, results: list[Results]) -> tuple[list[str], Bars | None
     return sentences, bars, hints
 
 
-def _caveats(record: RunRecord, group: list[Evaluated]) -> list[str]:
-    """What the queries were used for in training."""
-    if record.uses(group, "train_split"):
-        return ["It was trained on these queries, so this does not tell how it does on new ones: evaluate it on test."]
-    chosen = record.best_step is not None or record.training.get("arguments", {}).get("load_best_model_at_end")
-    if chosen and record.uses(group, "eval_split"):
-        return [
-            "Checkpoints were chosen on these queries, so values are higher than on new ones: evaluate it on test."
-        ]
-    return []
+SEEN = {
+    "trained": "It was trained on these queries, so this does not tell how it does on new ones: evaluate it on test.",
+    "chosen": "Checkpoints were chosen on these queries, so values are higher than on new ones: evaluate it on test.",
+}
 
 
-def _both(sides: Iterable[str]) -> str:
-    """The augmented sides in words, queries first."""
-    return " and ".join(_SIDES[side] for side in _SIDES if side in sides)
+def _where(results: Results) -> str:
+    """Collection and split, as far as they are known."""
+    manifest = results.group[0].evaluation.manifest
+    parts = [manifest.get("collection"), manifest.get("split") and f"{manifest['split']} split"]
+    return ", ".join(filter(None, parts)) or "a collection that was not recorded"
 
 
 def _interval(pair: Pair) -> str:
@@ -366,35 +275,33 @@ def _p(value: float) -> str:
 
 def _trained(run: _Run) -> list[Block]:
     record, training, settings = run.record, run.record.training, run.record.settings
-    versions = read_json(record.folder / POLICY_FILE, missing={}).get("versions", {})
+    versions = read_object(record.folder / POLICY_FILE).get("versions", {})
     trained_part = "all weights"
     if record.adapter:
-        adapter = read_json(record.folder / "adapter_config.json", missing={})
+        adapter = read_object(record.folder / "adapter_config.json")
         rank, alpha = adapter.get("r"), adapter.get("lora_alpha")
         trained_part = f"an adapter ({adapter.get('peft_type', 'LoRA')}, rank {rank}, alpha {alpha})"
-    arguments = training.get("arguments", {})
-    steps = _finite(record.history[-1].get("step")) if record.history else None
-    counts = None
-    if training:
-        counts = (
-            f"{training['num_train_queries']:,} training queries with {training['num_train_judgments']:,} judgments, "
-            f"{training['num_documents']:,} documents"
-        )
+    arguments, facts = training.get("arguments", {}), describe_training(record)
+    counts = (
+        "{queries} training queries with {judgments} judgments, {documents} documents".format_map(facts)
+        if training
+        else None
+    )
     rows = [
         ("Base model", training.get("base_model")),
-        ("Trained", f"{trained_part}; {_both(settings.sides)} augmented"),
+        ("Trained", f"{trained_part}; {name_sides(settings.sides)} augmented"),
         ("Collection", training.get("collection")),
         ("Splits", _splits(training)),
         ("Counts", counts),
-        ("Optimizer steps", steps and f"{steps:,.0f}"),
-        ("Retriever", _describe(settings.retriever)),
+        ("Optimizer steps", facts.get("steps")),
+        ("Retriever", describe_retriever(settings.retriever)),
         (
             "Answers",
             f"greedy, up to {settings.generation.max_new_tokens:,} tokens, repetition penalty "
             f"{settings.generation.repetition_penalty:g}",
         ),
         ("Device", training.get("device")),
-        ("Processes", training.get("num_processes") and f"{training['num_processes']:,}"),
+        ("Processes", facts.get("processes")),
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
     files = [TRAINING_FILE] * bool(training) + [POLICY_FILE]
@@ -405,9 +312,9 @@ def _trained(run: _Run) -> list[Block]:
     for side in settings.sides:
         prompt = getattr(settings.prompt_set, side)
         if prompt:
-            blocks.append(Fold(f"Prompt for {_SIDES[side]}", [Verbatim(prompt, run.of_record(PROMPT_SET_FILE))]))
+            blocks.append(Fold(f"Prompt for {SIDE_NAMES[side]}", [Verbatim(prompt, run.of_record(PROMPT_SET_FILE))]))
     if arguments:
-        rows = [[Cell(name), Cell(_value(value))] for name, value in sorted(arguments.items())]
+        rows = [[name, write_value(value)] for name, value in sorted(arguments.items())]
         table = Table(f"{len(rows)} arguments", ["argument", "value"], rows, left=2)
         blocks.append(Fold("Arguments that differ from the defaults", [Numbers(table, run.of_record(TRAINING_FILE))]))
     return blocks
@@ -420,145 +327,6 @@ def _splits(training: dict[str, Any]) -> str | None:
     return f"trained on {training['train_split']}" + f", evaluated on {dev} in training" * bool(dev)
 
 
-_SIDES = {"query": "queries", "document": "documents"}
-
-
-def _name(config: dict[str, Any]) -> str:
-    """A retriever's name alone, or that of its encoder."""
-    return str(config.get("model", config.get("retriever", "an unknown retriever")))
-
-
-def _describe(config: dict[str, Any]) -> str:
-    """A retriever's configuration in a line."""
-    rest = ", ".join(f"{name} {_value(value)}" for name, value in config.items() if name != "retriever")
-    return f"{config.get('retriever', 'unknown')}" + f" ({rest})" * bool(rest)
-
-
-def _value(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _finite(value: Any) -> float | None:
-    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
-# name of the metric, title, what it is, format of its numbers
-_BY_TYPE = (
-    (
-        "reward",
-        "Reward",
-        "Mean expected nDCG@{k} of rollouts; lines that cover each other are nearly equal; see Numbers.",
-        ".4f",
-    ),
-    (
-        "advantage_std",
-        "Spread of advantages",
-        "Standard deviation, after the scales of the text types; logarithmic.",
-        ".3g",
-    ),
-    ("answer_words", "Words of an answer", "Mean over rollouts.", ".2f"),
-    (
-        "distinct_words",
-        "Distinct words",
-        "Of all words answered in a batch; low where texts settle on the same.",
-        ".1%",
-    ),
-    ("answer_rate", "Answered", "Rollouts with an answer that is not empty.", ".1%"),
-    ("clipped_ratio", "Cut off", "Rollouts that reached the longest length.", ".1%"),
-)
-_OF_ALL = (
-    ("entropy", "Entropy", "Of the next token in nats, mean.", ".3f"),
-    ("grad_norm", "Gradient norm", "Before clipping.", ".3g"),
-)
-
-
-def _curves(run: _Run) -> list[Block]:
-    record = run.record
-    source = run.of_record(TRAINER_STATE)
-    k = record.training.get("arguments", {}).get("ndcg_k", 10)
-    figures = [_dev_figure(run)] if record.history else []
-    for metric, title, note, form in _BY_TYPE:
-        series = {text_type: _points(record, f"{text_type}/{metric}") for text_type in TEXT_TYPES}
-        figures.append(_curve(metric, title, note.format(k=k), form, series, source))
-    for metric, title, note, form in _OF_ALL:
-        figures.append(_curve(metric, title, note, form, {title.lower(): _points(record, metric)}, source))
-    figures = [figure for figure in figures if figure]
-    if not figures:
-        return [Hint(f"There are no curves: the folder has no {TRAINER_STATE} with what was logged.")]
-    return [Paragraph("By text type: queries, and documents relevant or irrelevant in their group."), Figures(figures)]
-
-
-def _points(record: RunRecord, name: str) -> list[tuple[int, float]]:
-    """A metric by optimizer step, where it was logged and finite; the last value where a step was logged twice."""
-    return sorted({int(step): float(value) for step, value in record.curve(name) if math.isfinite(value)}.items())
-
-
-def _curve(
-    metric: str,
-    title: str,
-    note: str,
-    form: str,
-    series: dict[str, list[tuple[int, float]]],
-    source: tuple[str, ...],
-    marked: tuple[int, float] | None = None,
-) -> Figure | None:
-    series = {label: points for label, points in series.items() if points}
-    if not series:
-        return None
-    values = [value for points in series.values() for _, value in points]
-    changes = [f"{label} from {points[0][1]:{form}} to {points[-1][1]:{form}}" for label, points in series.items()]
-    steps = sorted({step for points in series.values() for step, _ in points})
-    description = f"By optimizer step, {steps[0]} to {steps[-1]}: {'; '.join(changes)}."
-    log = metric == "advantage_std" and min(values) > 0
-    svg = draw_lines(f"chart-{metric}", title, description, series, form.endswith("%"), log, marked)
-    return Figure(title, note, svg, _step_table(title, series, form), source)
-
-
-def _step_table(title: str, series: dict[str, list[tuple[int, float]]], form: str) -> Table:
-    steps = sorted({step for points in series.values() for step, _ in points})
-    shown = [steps[place] for place in sorted({round(p) for p in np.linspace(0, len(steps) - 1, STEP_ROWS)})]
-    values = [dict(points) for points in series.values()]
-    rows = [
-        [Cell(f"{step:,}"), *(Cell(format(each[step], form) if step in each else "–") for each in values)]
-        for step in shown
-    ]
-    every = f"{len(shown)} of the {len(steps):,} steps logged" if len(shown) < len(steps) else "all steps logged"
-    return Table(f"{title}, {every}", ["step", *series], rows, left=0)
-
-
-def _dev_figure(run: _Run) -> Figure | None:
-    record = run.record
-    names = {name for entry in record.history for name in entry if re.fullmatch(r"eval_nDCG@\d+", name)}
-    if not names:
-        return None
-    name = sorted(names)[0]
-    series = {"rebuilt": _points(record, name), "training": _points(record, f"{name}_reward_statistics")}
-    if not series["rebuilt"]:
-        return None
-    best = max(series["rebuilt"], key=lambda point: point[1])
-    kept = ""
-    if (run.folder / f"checkpoint-{best[0]}").is_dir():
-        kept = f", kept as checkpoint-{best[0]}"
-    elif not run.checkpoint:  # an interrupted run says at its top what is reported
-        weights = _step_of_weights(record)
-        kept = f"; the folder has the weights of step {weights:,}" if weights is not None else ""
-    note = f"Best: {best[1]:.4f} at step {best[0]:,}{kept}. "
-    if series["training"]:
-        note += (
-            "Rebuilt: in an index of the augmented corpus, as it is served; training: with the reward's statistics."
-        )
-    title = f"Dev {name.removeprefix('eval_')} by checkpoint"
-    return _curve("dev", title, note, ".4f", series, run.of_record(TRAINER_STATE), best)
-
-
-def _step_of_weights(record: RunRecord) -> int | None:
-    """The step whose weights a finished run's folder has; `None` where its files do not tell."""
-    arguments = record.training.get("arguments")
-    if arguments is None:
-        return None
-    return record.best_step if arguments.get("load_best_model_at_end") else record.history[-1]["step"]
-
-
 def _tables(run: _Run, results: Results) -> list[Block]:
     group, comparison, measure = results.group, results.comparison, results.measure
     metrics = run.source(*(each.folder / "metrics.json" for each in group))
@@ -566,8 +334,8 @@ def _tables(run: _Run, results: Results) -> list[Block]:
     blocks: list[Block] = []
     if comparison is None:
         evaluation = group[0].evaluation
-        means = [Cell(f"{evaluation.metrics[name]:.4f}") for name in evaluation.measures]
-        table = Table("Means", ["system", *evaluation.measures], [[Cell(group[0].folder.name), *means]], left=1)
+        means = [f"{evaluation.metrics[name]:.4f}" for name in evaluation.measures]
+        table = Table("Means", ["system", *evaluation.measures], [[group[0].folder.name, *means]], left=1)
         blocks.append(Numbers(table, metrics))
         blocks.append(Hint("There is nothing to compare it with; coaug baselines makes more."))
     else:
@@ -626,7 +394,6 @@ def _names(comparison: Comparison, places: Sequence[int]) -> str:
 def _systems_table(run: _Run, results: Results) -> Table:
     retrievers = [each.evaluation.manifest.get("retriever", {}) for each in results.group]
     differ = any(each != retrievers[0] for each in retrievers)
-    names = results.comparison.names if results.comparison else [results.group[0].folder.name]
     rows = []
     for place, (each, retriever) in enumerate(zip(results.group, retrievers, strict=True)):
         augmentations = each.evaluation.manifest.get("augmentations") or {}
@@ -637,15 +404,15 @@ def _systems_table(run: _Run, results: Results) -> Table:
         )
         row = [
             LETTERS[place],
-            names[place],
-            _both(each.sides) or ("queries" if "rm3" in retriever else "nothing"),
+            results.names[place],
+            name_augmented(each),
             by or "–",
-            *[_describe(retriever)] * differ,
+            *[describe_retriever(retriever)] * differ,
             f"{each.evaluation.metrics['num_queries']:,}",
             f"{each.evaluation.metrics['num_queries_without_hits']:,}",
         ]
-        rows.append([Cell(str(text)) for text in row])
-    retriever = "" if differ else f", all with {_describe(retrievers[0])}"
+        rows.append(row)
+    retriever = "" if differ else f", all with {describe_retriever(retrievers[0])}"
     title = f"What was evaluated{retriever}; queries without hits count 0"
     header = ["", "system", "augmented", "by", *["retriever"] * differ, "queries", "without hits"]
     return Table(title, header, rows, left=len(header) - 2)
@@ -660,8 +427,7 @@ def _gains(run: _Run, results: Results, contrast: Contrast) -> Figure:
     shown = ids if len(ids) <= QUERY_ROWS else ids[:half] + ids[-half:]
     texts = _query_texts(folders[1], shown)
     rows = [
-        [Cell(id_), Cell(texts.get(id_, "")), Cell(f"{before[id_]:.4f}"), Cell(f"{after[id_]:.4f}")]
-        + [Cell(_signed(after[id_] - before[id_]))]
+        [id_, texts.get(id_, ""), f"{before[id_]:.4f}", f"{after[id_]:.4f}"] + [_signed(after[id_] - before[id_])]
         for id_ in shown
     ]
     most = "" if shown is ids else f" (the {half} with the greatest gain and the {half} with the greatest loss)"
@@ -673,12 +439,10 @@ def _gains(run: _Run, results: Results, contrast: Contrast) -> Figure:
         f"Change in {measure} of each query: {pair.wins} better, {pair.ties} equal, {pair.losses} worse; {mean}."
     )
     changes = [after[id_] - before[id_] for id_ in ids]
-    # the pair of folders tells this chart from the others
-    name = re.sub(r"[^\w-]", "-", f"chart-{'-'.join(run.source(*folders))}")
-    svg = draw_gains(name, title, description, changes, f"change in {measure}")
+    image = embed(draw_gains(changes, f"change in {measure}"))
     source = run.source(*(folder / "per_query.jsonl" for folder in folders))
     note = f"{mean[0].upper()}{mean[1:]}, {_interval(pair)}{_p(pair.p_t_test_holm)}."
-    return Figure(title, note, svg, table, source)
+    return Figure(title, note, image, description, table, source)
 
 
 def _query_texts(folder: Path, query_ids: Sequence[str]) -> dict[str, str]:
@@ -757,14 +521,17 @@ def _cases(run: _Run, results: list[Results]) -> list[Block]:
         for contrast in each.contrasts:
             folders = [each.group[place].folder for place in (contrast.other, contrast.policy)]
             names = tuple(contrast.alone.names)
-            title = f"{names[1]} against {names[0]}" + f", {each.where}" * (len(results) > 1)
-            if contrast.alone.examples:
+            title = f"{names[1]} against {names[0]}" + f", {_where(each)}" * (len(results) > 1)
+            changes = contrast.alone.changes(each.measure)
+            missing = [
+                name for name, folder in zip(names, folders, strict=True) if not (folder / TEXTS_FILE).is_file()
+            ]
+            if changes and not missing:
+                languages = [language_of(each.group[place].evaluation) for place in (contrast.other, contrast.policy)]
+                examples = read_examples(folders, changes, languages)
                 source = run.source(*(folder / TEXTS_FILE for folder in folders))
-                blocks.append(Cases(title, each.measure, names, contrast.alone.examples, source))
+                blocks.append(Cases(title, each.measure, names, examples, source))
             else:  # nothing changed, or the texts were not kept
-                missing = [
-                    name for name, folder in zip(names, folders, strict=True) if not (folder / TEXTS_FILE).is_file()
-                ]
                 why = f"{missing[0]} has no {TEXTS_FILE}; evaluate it again" if missing else "there are none"
                 blocks.append(Hint(f"{title}: {why}."))
     if not blocks:
@@ -779,18 +546,20 @@ def _cases(run: _Run, results: list[Results]) -> list[Block]:
 def _cost(run: _Run, folders: list[Path]) -> list[Block]:
     from ..augmentation.folder import read_manifest
 
-    record = run.record
-    steps = [value for _, value in _points(record, "step_time")]
-    evaluations = [value for _, value in record.curve("eval_runtime") if math.isfinite(value)]
-    total = _duration(record.step_seconds) if steps else None
-    runtime = _duration(record.last("train_runtime"))
+    record, facts = run.record, describe_training(run.record)
+    steps = [value for _, value in record.points("step_time")]
+    evaluations = [value for _, value in record.points("eval_runtime")]
+    runtime = record.last("train_runtime")
     rows = [
-        ("Tokens", _count(record.last("num_tokens"), "read and generated in training, prompts included")),
-        ("Completions", _count(record.num_completions, "generated in training")),
-        ("Optimizer steps", total and f"{total} in all, with generation"),
-        ("One of them", steps and f"{_duration(median(steps))} (median of what was logged)"),
-        ("Dev evaluations", evaluations and f"{_duration(fmean(evaluations))} each (mean of {len(evaluations)})"),
-        ("Whole command", runtime and f"{runtime}, since it was last started"),
+        ("Tokens", "tokens" in facts and f"{facts['tokens']} read and generated in training, prompts included"),
+        ("Completions", "completions" in facts and f"{facts['completions']} generated in training"),
+        ("Optimizer steps", "seconds" in facts and f"{facts['seconds']} in all, with generation"),
+        ("One of them", steps and f"{describe_seconds(median(steps))} (median of what was logged)"),
+        (
+            "Dev evaluations",
+            evaluations and f"{describe_seconds(fmean(evaluations))} each (mean of {len(evaluations)})",
+        ),
+        ("Whole command", is_finite(runtime) and f"{describe_seconds(runtime)}, since it was last started"),
     ]
     blocks: list[Block] = []
     shown = [(name, value) for name, value in rows if value]
@@ -804,7 +573,7 @@ def _cost(run: _Run, folders: list[Path]) -> list[Block]:
             by = ", ".join(manifest.get("engines", [])) or "–"
             cost = counts.get("cost", {})
             numbers += [f"{cost['tokens']:,}", describe_seconds(cost["seconds"])] if cost else ["–", "–"]
-            rows.append([Cell(run.source(folder)[0]), Cell(_SIDES.get(side, side)), Cell(by), *map(Cell, numbers)])
+            rows.append([run.source(folder)[0], SIDE_NAMES.get(side, side), by, *numbers])
     if rows:
         title = (
             "Augmentations; empty: left as they were, incomplete: answers cut off, truncated: texts cut for the model; "
@@ -814,11 +583,3 @@ def _cost(run: _Run, folders: list[Path]) -> list[Block]:
         source = run.source(*(folder / "manifest.json" for folder in folders))
         blocks.append(Numbers(Table(title, header, rows, left=3), source))
     return blocks or [Hint(f"Tokens and times are not known: the folder has no {TRAINER_STATE}.")]
-
-
-def _count(value: Any, what: str) -> str | None:
-    return None if _finite(value) is None else f"{value:,.0f} {what}"
-
-
-def _duration(seconds: Any) -> str | None:
-    return None if _finite(seconds) is None else describe_seconds(seconds)

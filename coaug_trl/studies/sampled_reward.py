@@ -11,6 +11,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..rewards.ndcg import exact_ndcg_rewards, sampled_ndcg_rewards
+from ..utils.charts import draw_errors, import_figure
 from ..utils.errors import InputError
 from ..utils.files import write_json
 from ..utils.tables import Table
@@ -224,48 +225,9 @@ def save_study(rows: Sequence[RewardError], settings: dict[str, Any], output_dir
     Raises:
         `InputError`: matplotlib is not installed.
     """
-    Figure = import_figure()
-    output_dir = Path(output_dir)
-    write_json(output_dir / "reward_study.json", settings | {"rows": [asdict(row) for row in rows]})
-
-    samples = sorted({row.num_samples for row in rows})
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
-    of_queries, of_documents, of_time = figure.subplots(1, 3)
-    of_documents.sharey(of_queries)
-    for number, pool in enumerate(dict.fromkeys(row.num_documents for row in rows)):
-        chosen = [row for row in rows if row.num_documents == pool]
-        style = {"color": f"C{number}", "marker": "o", "markersize": 3}
-        label = f"{pool:,} documents, {chosen[0].num_queries} quer{'y' if chosen[0].num_queries == 1 else 'ies'}"
-        for axes, side in ((of_queries, "query"), (of_documents, "document")):
-            axes.plot(samples, [getattr(row, f"{side}_error") for row in chosen], label=label, **style)
-            axes.plot(samples, [getattr(row, f"{side}_largest") for row in chosen], linestyle=":", **style)
-        of_time.plot(samples, [row.sampled_seconds for row in chosen], **style)
-        of_time.axhline(chosen[0].exact_seconds, color=f"C{number}", linestyle="--")
-    # Below the curves, where it can be seen.
-    lowest = min(row.document_error for row in rows if row.num_samples == samples[0]) / 2
-    for axes, title in ((of_queries, "Query rollouts"), (of_documents, "Document rollouts")):
-        slope = [lowest * (samples[0] / each) ** 0.5 for each in samples]
-        axes.plot(samples, slope, color="black", linewidth=0.8, label="slope of 1 / √samples")
-        axes.axhline(CLAIMED_ERROR, color="grey", linewidth=0.8, linestyle="-.", label="0.01, the paper's bound")
-        axes.set(title=title, ylabel=f"absolute error of the reward (NDCG@{NDCG_K})")
-        axes.text(0.97, 0.97, "solid: mean\ndotted: largest", ha="right", va="top", transform=axes.transAxes)
-    of_time.set(title="Time", ylabel="seconds for the rewards of the pool")
-    of_time.text(0.03, 0.97, "solid: sampled\ndashed: exact", va="top", transform=of_time.transAxes)
-    for axes in (of_queries, of_documents, of_time):
-        axes.set(xlabel="samples (draws of one rollout for each document)", xscale="log", yscale="log")
-        axes.set_xticks(samples, [f"{each:,}" for each in samples], rotation=45)
-        axes.set_xticks([], minor=True)
-        axes.grid(alpha=0.3)
-    figure.legend(*of_queries.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize="small")
+    import_figure()  # before anything is written
+    rows, output_dir = [asdict(row) for row in rows], Path(output_dir)
+    write_json(output_dir / "reward_study.json", settings | {"rows": rows})
     path = output_dir / "reward_study.png"
-    figure.savefig(path.with_suffix(".tmp"), format="png", dpi=150)
+    path.with_suffix(".tmp").write_bytes(draw_errors(rows, NDCG_K, CLAIMED_ERROR))
     os.replace(path.with_suffix(".tmp"), path)
-
-
-def import_figure() -> type:
-    """matplotlib's figure; an `InputError` where matplotlib, an extra, is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError('The picture needs matplotlib: pip install ".[plot]", or leave --output out.') from None
-    return Figure

@@ -1,23 +1,20 @@
-"""Small charts for a page: SVG that takes its colours and letters from the page, and is described in words."""
+"""All that is drawn: SVG for pages, PNG for cards and studies, through matplotlib and its own settings."""
 
 import io
-import re
 from collections.abc import Sequence
-from xml.etree import ElementTree
+from typing import Any
 
 import numpy as np
 
+from .errors import InputError
 
-# As wide as a phone shows them, so that letters keep their size there; one unit is a pixel.
+
+# As wide as a phone shows them, so that letters keep their size there; SVG has 72 units an inch.
 WIDTH, HEIGHT, LETTERS = 340, 216, 12
-# matplotlib writes these colours, and the page says what they are in light and in dark.
-INK, MUTED, LINE = "#100001", "#100002", "#100003"
-SERIES = ("#100004", "#100005", "#100006")
-_VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line"} | {
-    colour: f"--series-{number}" for number, colour in enumerate(SERIES, start=1)
-}
+INK, MUTED, LINE = "#1a1d21", "#5a626c", "#b9bfc6"
+SERIES = ("#0b61a4", "#b04a00", "#5b5f66", INK)
 # Told apart by more than their colour.
-_DASHES = ((), (5, 2), (1.5, 1.8))
+_DASHES = ((), (5, 2), (1.5, 1.8), (6, 2, 1.5, 2))
 # Lines with as many points as this mark each of them.
 _FEW = 15
 # About as many as can be told apart: points of a line, and queries side by side.
@@ -25,58 +22,41 @@ _POINTS, _QUERIES = 400, 1000
 
 
 def draw_lines(
-    name: str,
-    title: str,
-    description: str,
     series: dict[str, list[tuple[int, float]]],
+    ylabel: str = "",
     percent: bool = False,
     log: bool = False,
     marked: tuple[int, float] | None = None,
-) -> str:
+    form: str = "svg",
+) -> bytes:
     """
     Draws values by optimizer step, each line named at its end.
 
     Args:
-        name (`str`):
-            Of the chart, different from that of any other on the page.
-        title (`str`):
-            What it shows, for screen readers.
-        description (`str`):
-            What is to be seen in it, likewise.
         series (`dict[str, list[tuple[int, float]]]`):
-            Name of each line, up to three, to steps and finite values; a single line goes without its name.
+            Name of each line, up to four, to steps and finite values; a single line goes without its name.
+        ylabel (`str`, *optional*):
+            What the values are.
         percent (`bool`, *optional*, defaults to `False`):
             Whether values are shares, to be shown as per cent.
         log (`bool`, *optional*, defaults to `False`):
             Whether values, all positive, stand on a logarithmic scale.
         marked (`tuple[int, float]`, *optional*):
             Step and value of the best point.
+        form (`str`, *optional*, defaults to `"svg"`):
+            `"svg"`, without a background, or `"png"`.
 
     Returns:
-        `str`: an `svg` element.
+        `bytes`: the file, the same whenever the same is drawn.
     """
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-
-    with _style(name):
+    series = {label: _thin(points) for label, points in series.items() if points}
+    with _style():
         figure, axes = _figure()
-        values = [value for points in series.values() for _, value in points]
-        series = {label: _thin(points) for label, points in series.items()}
-        for (_, points), colour, dashes in zip(series.items(), SERIES, _DASHES, strict=False):
+        for points, colour, dashes in zip(series.values(), SERIES, _DASHES, strict=False):
             few = {"marker": "o", "markersize": 4} if len(points) <= _FEW else {}
             axes.plot(*zip(*points, strict=True), color=colour, linewidth=2, dashes=dashes, clip_on=False, **few)
-        if log:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axes.yaxis.set_minor_formatter(lambda value, _: "")
-            axes.tick_params(axis="y", which="minor", length=0)
-        else:
-            axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-            if min(values) >= 0:
-                axes.set_ylim(0, max(values) * 1.08 or 1)
-            if percent:
-                axes.yaxis.set_major_formatter(PercentFormatter(1))
-        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=True))
-        axes.set_xlabel("optimizer step")
+        _scale(axes, [value for points in series.values() for _, value in points], percent, log)
+        axes.set(xlabel="optimizer step", ylabel=ylabel)
         if len(series) > 1:
             axes.get_ylim()  # matplotlib finds the limits when they are asked for
             last = [axes.transLimits.transform(axes.transScale.transform(points[-1])) for points in series.values()]
@@ -89,29 +69,40 @@ def draw_lines(
             place = {"y": 0.05} if marked[1] > sum(axes.get_ylim()) / 2 else {"y": 0.97, "va": "top"}
             text = f"best (circled): {marked[1]:.4f} at step {marked[0]:,}"
             axes.text(0.98, s=text, color=INK, ha="right", transform=axes.transAxes, **place)
-        return _embed(figure, name, title, description)
+        return _save(figure, form)
 
 
-def draw_gains(name: str, title: str, description: str, changes: Sequence[float], ylabel: str) -> str:
+def _scale(axes, values: list[float], percent: bool, log: bool) -> None:
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=True))
+    if log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: "")
+        axes.tick_params(axis="y", which="minor", length=0)
+        return
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    if min(values) >= 0:
+        axes.set_ylim(0, max(values) * 1.08 or 1)
+    if percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+
+
+def draw_gains(changes: Sequence[float], ylabel: str) -> bytes:
     """
     Draws how much each query gained or lost, the greatest gain first.
 
     Args:
-        name (`str`):
-            Of the chart, different from that of any other on the page.
-        title (`str`):
-            What it shows, for screen readers.
-        description (`str`):
-            What is to be seen in it, likewise.
         changes (`Sequence[float]`):
             Change of each query.
         ylabel (`str`):
             What has changed.
 
     Returns:
-        `str`: an `svg` element.
+        `bytes`: an SVG file without a background.
     """
-    with _style(name):
+    with _style():
         figure, axes = _figure()
         changes = np.sort(changes)[::-1]
         gain, loss = SERIES[:2]
@@ -136,48 +127,103 @@ def draw_gains(name: str, title: str, description: str, changes: Sequence[float]
         for line, (count, word, colour) in enumerate(each for each in counts if each[0]):
             place = {"y": 0.97 - 0.1 * line, "ha": "right", "va": "top", "transform": axes.transAxes}
             axes.text(0.98, s=f"{count:,} {word}", color=colour, **place)
-        return _embed(figure, name, title, description)
+        return _save(figure, "svg")
 
 
-def _style(name: str):
+def draw_errors(rows: Sequence[dict[str, Any]], k: int, bound: float) -> bytes:
+    """
+    Draws how far sampled rewards are from the exact ones, and how long both take, by the number of samples.
+
+    Args:
+        rows (`Sequence[dict[str, Any]]`):
+            Of [`~coaug_trl.studies.sampled_reward.RewardError`], as dictionaries.
+        k (`int`):
+            Of the NDCG.
+        bound (`float`):
+            An error to compare with.
+
+    Returns:
+        `bytes`: a PNG file.
+
+    Raises:
+        `InputError`: matplotlib is not installed.
+    """
+    figure = import_figure()(figsize=(13, 4.6), layout="constrained")
+    samples = sorted({row["num_samples"] for row in rows})
+    of_queries, of_documents, of_time = figure.subplots(1, 3)
+    of_documents.sharey(of_queries)
+    for number, pool in enumerate(dict.fromkeys(row["num_documents"] for row in rows)):
+        chosen = [row for row in rows if row["num_documents"] == pool]
+        style = {"color": f"C{number}", "marker": "o", "markersize": 3}
+        count = chosen[0]["num_queries"]
+        label = f"{pool:,} documents, {count} quer{'y' if count == 1 else 'ies'}"
+        for axes, side in ((of_queries, "query"), (of_documents, "document")):
+            axes.plot(samples, [row[f"{side}_error"] for row in chosen], label=label, **style)
+            axes.plot(samples, [row[f"{side}_largest"] for row in chosen], linestyle=":", **style)
+        of_time.plot(samples, [row["sampled_seconds"] for row in chosen], **style)
+        of_time.axhline(chosen[0]["exact_seconds"], color=f"C{number}", linestyle="--")
+    # Below the curves, where it can be seen.
+    lowest = min(row["document_error"] for row in rows if row["num_samples"] == samples[0]) / 2
+    for axes, title in ((of_queries, "Query rollouts"), (of_documents, "Document rollouts")):
+        slope = [lowest * (samples[0] / each) ** 0.5 for each in samples]
+        axes.plot(samples, slope, color="black", linewidth=0.8, label="slope of 1 / √samples")
+        axes.axhline(bound, color="grey", linewidth=0.8, linestyle="-.", label=f"{bound:g}, the paper's bound")
+        axes.set(title=title, ylabel=f"absolute error of the reward (NDCG@{k})")
+        axes.text(0.97, 0.97, "solid: mean\ndotted: largest", ha="right", va="top", transform=axes.transAxes)
+    of_time.set(title="Time", ylabel="seconds for the rewards of the pool")
+    of_time.text(0.03, 0.97, "solid: sampled\ndashed: exact", va="top", transform=of_time.transAxes)
+    for axes in (of_queries, of_documents, of_time):
+        axes.set(xlabel="samples (draws of one rollout for each document)", xscale="log", yscale="log")
+        axes.set_xticks(samples, [f"{each:,}" for each in samples], rotation=45)
+        axes.set_xticks([], minor=True)
+        axes.grid(alpha=0.3)
+    figure.legend(*of_queries.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize="small")
+    return _save(figure, "png", dpi=150)
+
+
+def import_figure(extra: str = "plot") -> type:
+    """matplotlib's figure; an `InputError` that names the extra where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        hint = f'pip install ".[{extra}]"'
+        raise InputError(f"The picture needs matplotlib: {hint}, or leave --output out.") from None
+    return Figure
+
+
+def _style():
     """Letters as letters, taken as they are, and the same bytes whenever the same is drawn."""
     from matplotlib import rc_context
 
+    sizes = ("font.size", "axes.labelsize", "xtick.labelsize", "ytick.labelsize")
+    lines = ("axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
+    muted = ("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
     return rc_context(
-        {
-            "svg.fonttype": "none",
-            "svg.hashsalt": name,
-            "text.parse_math": False,
-            "font.size": LETTERS,
-            "text.color": INK,
-            "axes.labelcolor": MUTED,
-            "axes.edgecolor": LINE,
-            "xtick.color": LINE,
-            "ytick.color": LINE,
-            "xtick.labelcolor": MUTED,
-            "ytick.labelcolor": MUTED,
-            "axes.labelsize": LETTERS,
-            "xtick.labelsize": LETTERS,
-            "ytick.labelsize": LETTERS,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.spines.left": False,
-            "grid.color": LINE,
-            "axes.facecolor": "none",
-            "figure.facecolor": "none",
-        }
+        {"svg.fonttype": "none", "svg.hashsalt": "coaug", "text.parse_math": False, "text.color": INK}
+        | {"axes.facecolor": "none", "figure.facecolor": "none", "font.family": "sans-serif"}
+        | {f"axes.spines.{side}": False for side in ("top", "right", "left")}
+        | dict.fromkeys(sizes, LETTERS)
+        | dict.fromkeys(lines, LINE)
+        | dict.fromkeys(muted, MUTED)
     )
 
 
 def _figure():
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout="constrained")  # SVG has 72 units an inch
+    figure = import_figure("report")(figsize=(WIDTH / 72, HEIGHT / 72), layout="constrained")
     axes = figure.subplots()
     axes.grid(axis="y", linewidth=1)
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
     return figure, axes
+
+
+def _save(figure, form: str, dpi: int = 300) -> bytes:
+    file = io.BytesIO()
+    if form == "png":
+        figure.savefig(file, format="png", dpi=dpi, facecolor="white")
+    else:
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
 
 
 def _thin(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -204,46 +250,3 @@ def _spread(places: Sequence[float], gap: float) -> list[float]:
         moved[place] = min(moved[place], most)
         most = moved[place] - gap
     return moved.tolist()
-
-
-def _embed(figure, name: str, title: str, description: str) -> str:
-    """An `svg` element to stand in HTML: no fonts, styles or names that would reach beyond it."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    root = ElementTree.fromstring(file.getvalue())
-    referred = set(re.findall(r"#([\w-]+)[\")]", file.getvalue()))
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag.endswith(("}metadata", "}style")):
-                parent.remove(child)
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        for key, value in list(element.attrib.items()):
-            del element.attrib[key]
-            if key != "id" or value in referred:
-                element.set(key.rpartition("}")[2], _own(value, name, referred))
-        if element.tag == "text":  # the letters of the page
-            element.set("style", re.sub(r"font-family: [^;]+;? ?", "", element.get("style", "")))
-    root.attrib = {
-        "viewBox": f"0 0 {WIDTH} {HEIGHT}",
-        "class": "chart",
-        "role": "img",
-        "aria-labelledby": f"{name}-title {name}-description",
-    }
-    for place, (tag, text) in enumerate((("title", title), ("desc", description))):
-        element = ElementTree.Element(tag, id=f"{name}-{'description' if place else 'title'}")
-        element.text = text
-        root.insert(place, element)
-    return ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
-
-
-def _own(value: str, name: str, referred: set[str]) -> str:
-    """An attribute with the colours of the page, and with names that no other chart has."""
-    for colour, variable in _VARIABLES.items():
-        value = value.replace(colour, f"var({variable})")
-    if value in referred:
-        return f"{name}-{value}"
-    for target in referred:
-        if value in (f"#{target}", f"url(#{target})"):
-            return value.replace("#", f"#{name}-")
-    return value

@@ -23,7 +23,7 @@ from coaug_trl.publishing.pages import render_markdown, save_report
 from coaug_trl.publishing.record import load_record
 from coaug_trl.publishing.report import make_report
 from coaug_trl.studies.alignment import measure_alignment
-from coaug_trl.utils.charts import _spread, _thin, draw_gains, draw_lines
+from coaug_trl.utils.charts import LETTERS, WIDTH, _spread, _thin, draw_gains, draw_lines
 
 
 IMAGE = "<img src=x onerror=alert(1)>"
@@ -134,13 +134,11 @@ def test_the_page_reads_on_a_phone_and_on_a_desk_in_light_and_dark(chromium, wri
         for folded in (True, False):
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (width, scheme, folded)
             page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
-        letters = page.evaluate(
-            "[...document.querySelectorAll('svg text')].map(each => each.getBoundingClientRect()).map(box => "
-            "Math.min(box.height, box.width))"
-        )
-        assert min(letters) > 4 and sorted(letters)[len(letters) // 2] >= 11  # a lone digit is narrow
+        scales = page.evaluate(f"[...document.querySelectorAll('img.chart')].map(each => each.width / {WIDTH})")
+        assert len(scales) >= 9 and LETTERS * min(scales) >= 11
+        assert page.evaluate("[...document.querySelectorAll('img')].every(each => each.complete && each.naturalWidth)")
         papers.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
-        drawn = page.evaluate("getComputedStyle(document.querySelector('svg path[style*=\"--series-1\"]')).stroke")
+        drawn = page.evaluate("getComputedStyle(document.querySelector('img.chart')).filter")
         papers.add(drawn)
         assert faults == []
         context.close()
@@ -151,7 +149,7 @@ def test_texts_with_markup_are_shown_as_texts(page, markdown):
     page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
     shown = page.evaluate("document.body.textContent")
     assert IMAGE in shown and "</script><script>alert(2)</script> | `a` **b** $c$ &amp; {{ 7 * 7 }}" in shown
-    assert page.locator("img").count() == page.locator("script").count() == 0
+    assert page.locator("img:not(.chart)").count() == page.locator("script").count() == 0
     rendered = MarkdownIt("commonmark").enable("table").render(markdown)
     assert "<img" not in rendered and "<script" not in rendered and "&lt;img src=x onerror=alert(1)&gt;" in rendered
     for table in re.findall(r"<table>(.*?)</table>", rendered, re.DOTALL):
@@ -178,11 +176,10 @@ def test_it_can_be_used_from_the_keyboard_and_by_a_screen_reader(page):
     assert page.locator("details").first.get_attribute("open") is not None
     ids = page.evaluate("[...document.querySelectorAll('[id]')].map(each => each.id)")
     assert len(ids) == len(set(ids))
-    charts = page.locator("svg[role=img]")
+    charts = page.locator("img.chart")
     assert charts.count() >= 9
     for chart in charts.all():
-        words = chart.evaluate("each => each.getAttribute('aria-labelledby').split(' ').map(id => "
-                               "document.getElementById(id).textContent)")  # fmt: skip
+        words = chart.get_attribute("alt").split(": ", maxsplit=1)
         assert len(words) == 2 and all(words)
     targets = page.evaluate("[...document.querySelectorAll('a')].map(each => each.getAttribute('href').slice(1))")
     assert set(targets) <= set(ids)
@@ -541,7 +538,7 @@ def test_values_that_are_no_numbers_are_left_out(run_copy, tmp_path):
 
 
 def test_other_collections_and_many_systems_follow_the_main_result(run_copy, tmp_path, monkeypatch):
-    monkeypatch.setattr("coaug_trl.publishing.report.LETTERS", "abc")  # rather than 26
+    monkeypatch.setattr("coaug_trl.publishing.facts.LETTERS", "abc")  # rather than 26
     manifest = {"collection": "generated", "split": "test", "retriever": {"retriever": "bm25"}}
     for number in range(4):
         write_evaluation(tmp_path / "others" / f"s{number}", 1 + number / 10, number, manifest, 9, ["nDCG@10"])
@@ -560,10 +557,9 @@ def test_an_adapter_is_called_one(run_copy):
     assert "an adapter (LORA, rank 8, alpha 16)" in text_of(make_report(run_copy))
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
-def test_a_missing_package_is_named(trained_run, refused, monkeypatch, package):
-    monkeypatch.setitem(sys.modules, package, None)
-    assert f'needs {package}: pip install ".[report]"' in refused("report", trained_run)
+def test_a_missing_package_is_named(trained_run, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert 'needs matplotlib: pip install ".[report]"' in refused("report", trained_run)
 
 
 def test_wrong_folders_are_refused(trained_run, refused, tmp_path):
@@ -599,26 +595,22 @@ def test_lines_are_thinned_without_losing_a_peak(values):
 
 
 def test_charts_of_long_runs_and_many_queries_stay_small():
-    short, long = (
-        draw_lines("a", "title", "words", {"reward": [(step, step % 7) for step in range(length)]})
-        for length in (400, 40_000)
-    )
+    short, long = (draw_lines({"reward": [(step, step % 7) for step in range(length)]}) for length in (400, 40_000))
     assert len(long) < 3 * len(short)
-    few, many = (draw_gains("b", "t", "w", [i / n - 0.25 for i in range(n)], "change") for n in (1000, 50_000))
+    few, many = (draw_gains([i / n - 0.25 for i in range(n)], "change").decode() for n in (1000, 50_000))
     assert len(many) < 1.5 * len(few)
     assert "37,499 better" in many and "1 equal" in many and "12,500 worse" in many
 
 
 def test_a_chart_says_how_many_gained_and_lost_and_takes_texts_as_they_are():
-    svg = draw_gains("a", f"{IMAGE} & $x^2$", "description", [0.5, 0.25, 0.0, -0.5], "change in $\\alpha$ <b>")
+    svg = draw_gains([0.5, 0.25, 0.0, -0.5], f"{IMAGE} & $x^2$ in $\\alpha$ <b>").decode()
     for text in (
         "2 better",
         "1 equal",
         "1 worse",
-        "&lt;img src=x onerror=alert(1)&gt; &amp; $x^2$",
-        "$\\alpha$ &lt;b&gt;",
+        "&lt;img src=x onerror=alert(1)&gt; &amp; $x^2$ in $\\alpha$ &lt;b&gt;",
     ):
         assert text in svg
-    assert "#1000" not in svg and "http" not in svg and "<style" not in svg
-    equal = draw_gains("b", "title", "description", [0.0, 0.0], "change")
+    assert "<script" not in svg and "<dc:date>" not in svg and "@import" not in svg
+    equal = draw_gains([0.0, 0.0], "change").decode()
     assert "2 equal" in equal and "better" not in equal and "worse" not in equal

@@ -420,7 +420,7 @@ def test_a_picture_needs_matplotlib(refused, coaug, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as Python finds a package that is not installed
     monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
     arguments = ["analyze", "reward", "--pools", 15, "--samples", 8, "--repeats", 2]
-    assert "coaug-trl[plot]" in refused(*arguments, "--output", tmp_path / "study")
+    assert 'pip install ".[plot]"' in refused(*arguments, "--output", tmp_path / "study")
     assert not (tmp_path / "study").exists()
     assert coaug(*arguments)[0] == 0
 

@@ -136,7 +136,7 @@ def measure_speed(arguments: argparse.Namespace) -> None:
             texts = [texts[place] for place in np.random.default_rng(0).permutation(len(texts))[: arguments.texts]]
         else:
             texts = random_texts(arguments.texts)
-        prompts = [ids for _, ids in augmenter._prompts("document", enumerate(texts))]
+        prompts = [ids for _, ids in augmenter.prompts("document", enumerate(texts))]
         systems = {
             "plain loop": lambda: plain_loop(model, tokenizer, prompts, arguments.batch_size, generation),
             "Augmenter": lambda: engine_completions(augmenter.engine, prompts, generation),

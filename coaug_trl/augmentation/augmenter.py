@@ -1,19 +1,14 @@
 """Augment many texts with a policy, and keep the answers in a folder that search and evaluation read."""
 
 import contextlib
-import hashlib
 import itertools
 import json
-import math
 import os
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.collection import Collection
@@ -22,27 +17,19 @@ from ..policy.fingerprint import fingerprint
 from ..policy.prompts import PromptSet, answer_so_far, extract_answer, has_answer
 from ..policy.settings import GenerationSettings, PolicySettings, package_versions
 from ..utils.errors import InputError
-from ..utils.files import write_json, write_jsonl
-from ..utils.terminal import describe_seconds
-from .engines.base import ENGINES, Completion, num_processes, process_index
+from ..utils.files import write_json
+from .engines.base import ENGINES, Completion, process_index
 from .engines.server import ServerEngine
 from .engines.transformers import TransformersEngine
 from .engines.vllm import VLLMEngine
-from .folder import FILES, IDENTITY, MANIFEST, SIDES, read_manifest, read_rows, side_texts
-from .shards import AnswerStore
+from .estimate import Estimate, estimate_side
+from .folder import FILES, IDENTITY, MANIFEST, SIDES, read_manifest
+from .side import AnsweredSide, Throughput
 
 
-# A shard is written when it has so many answers, or is so old: what a killed process loses.
-SHARD_TEXTS, SHARD_SECONDS = 256, 60
-# Texts whose prompts are made at once.
 # vLLM reserves memory for the longest prompt it may get; many models allow far longer ones than this.
 LONGEST_PROMPT = 8192
-PROMPTS_TOGETHER = 64
-# How an incomplete answer is tried again: greedily it would come out the same.
-RETRY_TEMPERATURE = 0.7
-SECONDS_BETWEEN_LOOKS = 2
-# Of a dry run: texts that are tokenized.
-SAMPLED_PROMPTS = 1000
+PROMPTS_TOGETHER = 64  # texts whose prompts are made at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,79 +49,6 @@ class Augmentation:
     answer: str
     complete: bool
     truncated: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Throughput:
-    """
-    What one call generated.
-
-    Args:
-        texts (`int`):
-            Texts augmented.
-        tokens (`int`):
-            Tokens generated.
-        seconds (`float`):
-            Wall-clock time of it.
-    """
-
-    texts: int
-    tokens: int
-    seconds: float
-
-    def __str__(self) -> str:
-        speed = f" ({self.texts / self.seconds:,.1f} texts/s, {self.tokens / self.seconds:,.0f} tokens/s)"
-        return (
-            f"{self.texts:,} texts augmented in {describe_seconds(self.seconds)}, {self.tokens:,} tokens generated"
-            f"{speed * (self.texts > 0)}"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """
-    What augmenting one side would take.
-
-    Args:
-        texts (`int`):
-            Texts of the side.
-        to_do (`int`):
-            Different ones among them that have no answer yet.
-        prompt_tokens (`int`):
-            Tokens of their prompts: the mean of `sampled_prompts` of them, times `to_do`.
-        sampled_prompts (`int`):
-            As said.
-        most_tokens (`int`):
-            Tokens generated if every answer were as long as it may be.
-        sample (`Throughput`):
-            What was measured of the model, on some of the texts.
-        bytes (`int`):
-            Size of the answers on disk.
-    """
-
-    texts: int
-    to_do: int
-    prompt_tokens: int
-    sampled_prompts: int
-    most_tokens: int
-    sample: Throughput
-    bytes: int
-
-    def __str__(self) -> str:
-        lines = [f"{self.texts:,} texts, {self.to_do:,} to augment (different ones without an answer yet)"]
-        if self.to_do:
-            sample, processes = self.sample, num_processes()
-            tokens = round(self.to_do * sample.tokens / sample.texts)
-            seconds = self.to_do * sample.seconds / sample.texts / processes
-            lines += [
-                f"  prompts    about {self.prompt_tokens:,} tokens, from {self.sampled_prompts:,} of the texts",
-                f"  answers    {self.to_do:,} to {self.most_tokens:,} tokens; about {tokens:,}, from {sample.texts:,} "
-                "of the texts",
-                f"  time       about {describe_seconds(seconds)} on {processes} process{'es' * (processes > 1)}: "
-                f"{sample.texts:,} texts took {describe_seconds(sample.seconds)}",
-                f"  disk       about {self.bytes / 2**20:,.1f} MiB",
-            ]
-        return "\n".join(lines)
 
 
 class Augmenter:
@@ -198,9 +112,7 @@ class Augmenter:
         trust_remote_code: bool = False,
         engine: str = "transformers",
         server: str | None = None,
-        server_concurrency: int = 64,
         dtype: str = "auto",
-        gpu_memory_utilization: float | None = None,
     ) -> "Augmenter":
         """
         Loads a policy.
@@ -223,12 +135,8 @@ class Augmenter:
                 What generates in this process: `"transformers"` or `"vllm"`.
             server (`str`, *optional*):
                 Address of a server that generates instead; then only tokenizer and settings are loaded here.
-            server_concurrency (`int`, *optional*, defaults to `64`):
-                Requests to the server at once.
             dtype (`str`, *optional*, defaults to `"auto"`):
                 Type of the weights, such as `"bfloat16"`; `"auto"` is the one they are saved in.
-            gpu_memory_utilization (`float`, *optional*):
-                Share of the GPU's memory for vLLM; see [`~coaug_trl.augmentation.engines.vllm.VLLMEngine`].
 
         Raises:
             `InputError`: There is no such model, the settings differ from those it was trained with, or the engine
@@ -239,28 +147,14 @@ class Augmenter:
         settings = _settings_for(model_name_or_path, PolicySettings.load(source), prompt_set, generation)
         if source != model_name_or_path:
             revision = None  # the folder is that of the revision
-        kwargs = {"revision": revision, "trust_remote_code": trust_remote_code}
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
-        except (OSError, ValueError) as error:  # ValueError: a folder without a model, or with an unknown one
-            raise InputError(f"{model_name_or_path}: no model could be loaded from there: {error}") from None
-        _prepare(tokenizer)
+        tokenizer = _load_tokenizer(model_name_or_path, source, revision, trust_remote_code)
         if server is not None:
-            model = ServerEngine(server, model_name_or_path, server_concurrency)
-        elif engine == "vllm":
-            longest = max(LONGEST_PROMPT, settings.prompt_set.max_document_tokens) + _prompt_tokens(
-                settings, tokenizer
-            )
-            memory = {"gpu_memory_utilization": gpu_memory_utilization}
-            model = VLLMEngine(source, tokenizer, longest, settings.generation, dtype=dtype, **memory, **kwargs)
-        elif engine == "transformers":
-            model = TransformersEngine.load(source, tokenizer, batch_size, dtype=dtype, **kwargs)
+            model = ServerEngine(server, model_name_or_path)
         else:
-            raise InputError(f"There is no engine {engine!r}; use {' or '.join(ENGINES)}.")
-        revision = fingerprint(source, revision)
-        return cls(
-            model, tokenizer, settings, batch_size, name=os.path.normpath(model_name_or_path), revision=revision
-        )
+            kwargs = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
+            model = _load_engine(engine, source, tokenizer, settings, batch_size, kwargs)
+        name, revision = os.path.normpath(model_name_or_path), fingerprint(source, revision)
+        return cls(model, tokenizer, settings, batch_size, name, revision)
 
     def generate(self, side: str, texts: list[str]) -> list[Augmentation]:
         """
@@ -275,7 +169,7 @@ class Augmenter:
         Returns:
             `list[Augmentation]`: one for each text.
         """
-        answered = self._augment(side, enumerate(texts))
+        answered = self.augment(side, enumerate(texts))
         augmentations = {place: augmentation for place, augmentation, _ in answered}
         return [augmentations[place] for place in range(len(texts))]
 
@@ -293,23 +187,23 @@ class Augmenter:
             `Iterator[str]`: the answer as far as it is written, after every token; the last one is the answer that
             [`generate`] gives, which is empty if it was not completed.
         """
-        ((_, prompt),) = self._prompts(side, [(None, text)])
+        ((_, prompt),) = self.prompts(side, [(None, text)])
         with contextlib.closing(self.engine.stream(prompt, self.settings.generation)) as completions:
             for completion in completions:
                 yield answer_so_far(completion)
         yield extract_answer(completion)
 
-    def _augment(
+    def augment(
         self, side: str, texts: Iterable[tuple[Any, str]], temperature: float = 0.0, seed: int = 0
     ) -> Iterator[tuple[Any, Augmentation, Completion]]:
         """Augments texts, each with a tag, as they come; yields them as they are finished."""
-        completions = self.engine.complete(self._prompts(side, texts), self.settings.generation, temperature, seed)
+        completions = self.engine.complete(self.prompts(side, texts), self.settings.generation, temperature, seed)
         with contextlib.closing(completions):
             for (tag, truncated), completion in completions:
                 answer, complete = extract_answer(completion.text), has_answer(completion.text)
                 yield tag, Augmentation(answer, complete, truncated), completion
 
-    def _prompts(self, side: str, texts: Iterable[tuple[Any, str]]) -> Iterator[tuple[tuple[Any, bool], list[int]]]:
+    def prompts(self, side: str, texts: Iterable[tuple[Any, str]]) -> Iterator[tuple[tuple[Any, bool], list[int]]]:
         """Token ids of the prompts, with the tag of each text and whether it was cut."""
         prompt_set, tokenizer, texts = self.settings.prompt_set, self.tokenizer, iter(texts)
         while chunk := list(itertools.islice(texts, PROMPTS_TOGETHER)):
@@ -364,24 +258,15 @@ class Augmenter:
         if main:
             self.settings.prompt_set.save(output_dir)
             write_json(output_dir / MANIFEST, manifest)
-        for side in sides:
-            store = AnswerStore(_shards_folder(output_dir, side))
-            store.folder.mkdir(parents=True, exist_ok=True)  # this side is begun
-            store.refresh()
-            keys = self._keys(collection, side)
-            self._generate_missing(collection, side, keys, store, retry_incomplete)
-            if not main:
-                continue
-            _wait_for_others(keys, store, retry_incomplete)
-            splits = manifest["sides"].get(side, {}).get("splits", [])
-            counts = self._write_answers(collection, side, keys, store, output_dir / FILES[side])
-            if math.isfinite(store.tokens):
-                counts["cost"] = {"tokens": int(store.tokens), "seconds": round(store.seconds, 1)}
-            if side == "query":
-                counts["splits"] = sorted({*splits, collection.split})
-            # another command may have finished the other side meanwhile
-            manifest["sides"] = (read_manifest(output_dir) or manifest)["sides"] | {side: counts}
-            write_json(output_dir / MANIFEST, manifest)
+        for name in sides:
+            side = AnsweredSide(collection, name, output_dir, self._made_with)
+            self.throughput[name] = side.generate_missing(self.augment, retry_incomplete)
+            if main:
+                side.wait_for_others(retry_incomplete)
+                counts = side.write_answers(manifest["sides"].get(name, {}).get("splits", []))
+                # another command may have finished the other side meanwhile
+                manifest["sides"] = (read_manifest(output_dir) or manifest)["sides"] | {name: counts}
+                write_json(output_dir / MANIFEST, manifest)
         return manifest if main else None
 
     def estimate(
@@ -407,33 +292,9 @@ class Augmenter:
             `InputError`: As in [`augment_collection`].
         """
         self._begin(collection, Path(output_dir), (side,))
-        store = AnswerStore(_shards_folder(Path(output_dir), side))
-        store.refresh()
-        keys = self._keys(collection, side)
-        places = _first_places(keys, store.unfinished(keys, retry_incomplete))
-        draw = np.random.default_rng(0)
-        sampled = np.zeros(len(keys), bool)
-        sampled[draw.choice(places, min(len(places), SAMPLED_PROMPTS), replace=False)] = True
-        texts = list(itertools.compress(side_texts(collection, side), sampled))
-        draw.shuffle(texts)
-        lengths = [len(ids) for _, ids in self._prompts(side, texts)]
-        texts = texts[: self.engine.width]
-        list(self._augment(side, texts[:1]))  # the first call of a model takes longer
-        start, tokens, size = time.perf_counter(), 0, 0
-        for id_, augmentation, completion in self._augment(side, texts):
-            tokens += completion.num_tokens
-            row = _answer_row(id_, {"augmentation": augmentation.answer, "complete": augmentation.complete})
-            # in a shard, with its key, and in the file that is read
-            size += 2 * len(json.dumps(row, ensure_ascii=False).encode()) + 50
-        return Estimate(
-            texts=len(keys),
-            to_do=len(places),
-            prompt_tokens=round(len(places) * sum(lengths) / max(len(lengths), 1)),
-            sampled_prompts=len(lengths),
-            most_tokens=len(places) * self.settings.generation.max_new_tokens,
-            sample=Throughput(len(texts), tokens, time.perf_counter() - start),
-            bytes=round(len(places) * size / max(len(texts), 1)),
-        )
+        answered = AnsweredSide(collection, side, Path(output_dir), self._made_with)
+        most_tokens = self.settings.generation.max_new_tokens
+        return estimate_side(answered, retry_incomplete, self.prompts, self.augment, self.engine.width, most_tokens)
 
     def _begin(self, collection: Collection, output_dir: Path, sides: tuple[str, ...]) -> dict[str, Any]:
         """The manifest that work on a folder begins with; refuses a folder whose answers are of another making."""
@@ -466,119 +327,6 @@ class Augmenter:
                     )
         return manifest
 
-    def _keys(self, collection: Collection, side: str) -> np.ndarray:
-        """The key of each text, in the collection's order."""
-        texts = tqdm(
-            side_texts(collection, side), desc=f"Reading {FILES[side][:-6]}", unit=" texts", delay=2, leave=False
-        )
-        return np.fromiter((int(self._key(text), 16) for _, text in texts), np.uint64)
-
-    def _key(self, text: str) -> str:
-        """16 hexadecimal digits for a text and all that decides its answer."""
-        return hashlib.sha256(self._made_with + text.encode()).hexdigest()[:16]
-
-    def _generate_missing(
-        self, collection: Collection, side: str, keys: np.ndarray, store: AnswerStore, retry_incomplete: int
-    ) -> None:
-        """Generates what is missing of this process's share, and writes it into the store shard by shard."""
-        # A share is decided by the text alone, so that processes need not ask each other, and equal texts meet.
-        own = keys % np.uint64(num_processes()) == process_index()
-        num_texts = num_tokens = 0
-        start = time.perf_counter()
-        for attempt in range(retry_incomplete + 1):
-            places = _first_places(keys, own & store.unfinished(keys, attempt))
-            if not len(places):
-                continue
-            to_do = np.zeros(len(keys), bool)
-            to_do[places] = True
-            texts = ((self._key(text), text) for _, text in itertools.compress(side_texts(collection, side), to_do))
-            shares = f" (process 1 of {num_processes()})" if num_processes() > 1 else ""
-            with tqdm(
-                total=len(keys) if num_processes() == 1 and not attempt else len(places),
-                initial=len(keys) - len(places) if num_processes() == 1 and not attempt else 0,
-                desc=f"{'Trying again' if attempt else 'Augmenting'} {FILES[side][:-6]}{shares}",
-                unit=" texts",
-                disable=process_index() > 0,
-            ) as progress:
-                count, tokens = self._record(side, texts, attempt, store, progress)
-            num_texts, num_tokens = num_texts + count, num_tokens + tokens
-            store.refresh()
-        self.throughput[side] = Throughput(num_texts, num_tokens, time.perf_counter() - start)
-        if store.unfinished(keys[own], retry_incomplete).any():
-            raise InputError(
-                f"{collection.name} has changed while it was augmented; run the same command again, which generates "
-                "for the changed texts only."
-            )
-
-    def _record(
-        self, side: str, texts: Iterator[tuple[str, str]], attempt: int, store: AnswerStore, progress: tqdm
-    ) -> tuple[int, int]:
-        """Generates for texts with their keys, and writes shards; returns how many texts and tokens that were."""
-        num_texts = num_tokens = 0
-        rows = []
-        since = last = time.monotonic()
-        temperature = RETRY_TEMPERATURE if attempt else 0.0
-        try:
-            for key, augmentation, completion in self._augment(side, texts, temperature, seed=attempt):
-                rows.append(
-                    {
-                        "key": key,
-                        "augmentation": augmentation.answer,
-                        "complete": augmentation.complete,
-                        "truncated": augmentation.truncated,
-                        "attempt": attempt,
-                        "tokens": completion.num_tokens,
-                        "seconds": round(time.monotonic() - last, 4),
-                    }
-                )
-                last = time.monotonic()
-                num_texts, num_tokens = num_texts + 1, num_tokens + completion.num_tokens
-                progress.set_postfix_str(f"{num_tokens:,} tokens generated", refresh=False)
-                progress.update()
-                if len(rows) >= SHARD_TEXTS or time.monotonic() - since > SHARD_SECONDS:
-                    store.add(rows)
-                    rows, since = [], time.monotonic()
-        finally:  # an interruption, or a server that stays down, loses nothing that is finished
-            if rows:
-                store.add(rows)
-        return num_texts, num_tokens
-
-    def _write_answers(
-        self, collection: Collection, side: str, keys: np.ndarray, store: AnswerStore, path: Path
-    ) -> dict[str, Any]:
-        """Writes the file of one side from the store, and counts."""
-        counts = {"texts": 0, "empty": 0, "incomplete": 0, "truncated": 0}
-        retried = {"texts": 0, "repaired": 0, "temperature": RETRY_TEMPERATURE}
-
-        def count(row: dict[str, Any]) -> dict[str, Any]:
-            counts["texts"] += 1
-            counts["empty"] += not row["augmentation"]
-            counts["incomplete"] += not row["complete"]
-            counts["truncated"] += row.get("truncated", False)
-            if row.get("attempt", 0):
-                retried["texts"] += 1
-                retried["repaired"] += row["complete"]
-            return row
-
-        def rows() -> Iterator[dict[str, Any]]:
-            texts = tqdm(
-                side_texts(collection, side), f"Writing {path.name}", len(keys), unit=" texts", delay=2, leave=False
-            )
-            written = set()
-            for row, key, place in itertools.zip_longest(texts, keys, store.find(keys)):
-                if row is None or key is None or int(self._key(row[1]), 16) != key:
-                    raise InputError(f"{collection.name} has changed while it was augmented; run the command again.")
-                id_ = row[0]
-                if side == "query":
-                    written.add(id_)
-                yield _answer_row(id_, count(store.row(place)))
-            if side == "query":  # those of other splits stay; a document that has left the corpus goes
-                yield from (count(row) for row in others if row["_id"] not in written)
-
-        others = list(read_rows(path)) if side == "query" else []
-        write_jsonl(path, rows())
-        return counts | ({"retried": retried} if retried["texts"] else {})
-
 
 def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
@@ -591,35 +339,36 @@ def _prepare(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
+def _load_tokenizer(name: str, source: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:  # ValueError: a folder without a model, or with an unknown one
+        raise InputError(f"{name}: no model could be loaded from there: {error}") from None
+    _prepare(tokenizer)
+    return tokenizer
+
+
+def _load_engine(
+    engine: str,
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: PolicySettings,
+    batch_size: int,
+    kwargs: dict[str, Any],
+) -> TransformersEngine | VLLMEngine:
+    if engine == "transformers":
+        return TransformersEngine.load(source, tokenizer, batch_size, **kwargs)
+    if engine == "vllm":
+        text_tokens = max(LONGEST_PROMPT, settings.prompt_set.max_document_tokens)
+        longest = text_tokens + _prompt_tokens(settings, tokenizer)
+        return VLLMEngine(source, tokenizer, longest, settings.generation, **kwargs)
+    raise InputError(f"There is no engine {engine!r}; use {' or '.join(ENGINES)}.")
+
+
 def _prompt_tokens(settings: PolicySettings, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens of the longest prompt around a text, and some more where text and prompt meet."""
     prompt_set = settings.prompt_set
     return max(len(tokenizer(getattr(prompt_set, side))["input_ids"]) for side in prompt_set.sides) + 64
-
-
-def _shards_folder(output_dir: Path, side: str) -> Path:
-    return (output_dir / FILES[side]).with_suffix(".shards")
-
-
-def _first_places(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Where each of the wanted keys stands first."""
-    places = np.flatnonzero(wanted)
-    return np.sort(places[np.unique(keys[places], return_index=True)[1]])
-
-
-def _wait_for_others(keys: np.ndarray, store: AnswerStore, retry_incomplete: int) -> None:
-    """Waits until the other processes have written their shares; if one fails, the launcher ends this one, too."""
-    if num_processes() == 1:
-        return
-    with tqdm(desc="Waiting for the other processes", unit=" texts", delay=2, leave=False) as progress:
-        while missing := int(store.unfinished(keys, retry_incomplete).sum()):
-            progress.set_postfix_str(f"{missing:,} texts missing")
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-            store.refresh()
-
-
-def _answer_row(id_: str, row: dict[str, Any]) -> dict[str, Any]:
-    return {"_id": id_, "augmentation": row["augmentation"], "complete": row["complete"]}
 
 
 def _settings_for(

@@ -18,11 +18,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from coaug_trl import Augmenter, BM25Retriever, Collection, Document, InputError, PromptSet
-from coaug_trl.augmentation import augmenter as augment
+from coaug_trl.augmentation import side as augment
 from coaug_trl.augmentation.augmenter import Augmentation
 from coaug_trl.augmentation.engines.base import Completion
 from coaug_trl.augmentation.engines.transformers import TransformersEngine
 from coaug_trl.augmentation.folder import AugmentedCollection, side_texts
+from coaug_trl.augmentation.side import AnsweredSide
 from coaug_trl.policy.fingerprint import folder_hash
 from coaug_trl.policy.prompts import extract_answer
 from coaug_trl.policy.settings import GenerationSettings, PolicySettings
@@ -770,32 +771,33 @@ def test_a_streamed_corpus_gives_the_same_files(make_augmenter, beir_folder, col
         lambda lines: lines[:-1],
     ],
 )
-def test_a_collection_that_changes_meanwhile_is_noticed(make_augmenter, beir_folder, tmp_path, change):
+def test_a_collection_that_changes_meanwhile_is_noticed(make_augmenter, beir_folder, tmp_path, monkeypatch, change):
     folder = Path(shutil.copytree(beir_folder, tmp_path / "collection"))
     streamed = Collection.load(folder, "dev", stream=True)
     augmenter = make_augmenter()
-    finish = augmenter._write_answers
+    finish = AnsweredSide.write_answers
 
     def change_and_finish(*args):
         lines = (folder / "corpus.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (folder / "corpus.jsonl").write_text("".join(change(lines)), encoding="utf-8")
         return finish(*args)
 
-    augmenter._write_answers = change_and_finish
+    monkeypatch.setattr(AnsweredSide, "write_answers", change_and_finish)
     with pytest.raises(InputError, match="has changed while it was augmented; run the"):
         augmenter.augment_collection(streamed, tmp_path / "out", ["document"])
     assert not (tmp_path / "out" / "documents.jsonl").exists()
 
 
-def test_two_commands_may_augment_one_side_each(make_augmenter, small, tmp_path):
+def test_two_commands_may_augment_one_side_each(make_augmenter, small, tmp_path, monkeypatch):
     first, second = make_augmenter(), make_augmenter()
-    finish = first._write_answers
+    finish = AnsweredSide.write_answers
 
     def finish_after_the_other(*args):
+        monkeypatch.undo()
         second.augment_collection(small, tmp_path, ["query"])
         return finish(*args)
 
-    first._write_answers = finish_after_the_other
+    monkeypatch.setattr(AnsweredSide, "write_answers", finish_after_the_other)
     first.augment_collection(small, tmp_path, ["document"])
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert set(manifest["sides"]) == {"query", "document"}

@@ -250,7 +250,7 @@ def settings_of(name):
 
 
 def head_of(name):
-    return " ".join(line.lstrip("# ") for line in RECIPES[name].read_text().split("\n\n")[0].splitlines())
+    return " ".join(line.lstrip("# ") for line in RECIPES[BASE[name][0]].read_text().split("\n\n")[0].splitlines())
 
 
 def estimated(name):

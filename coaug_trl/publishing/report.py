@@ -52,7 +52,7 @@ from .pages import (
     Verbatim,
     embed,
 )
-from .record import DEPTH, TRAINER_STATE, RunRecord, find_evaluations, load_record, read_object
+from .record import DEPTH, TRAINER_STATE, RunRecord, find_evaluations, load_record
 
 
 # Rows of the table of queries, half of which are gains and half losses, and letters of a query in it.
@@ -169,7 +169,7 @@ def _find_augmentations(folder: Path) -> list[Path]:
         path
         for path in paths
         if any((path / name).is_file() for name in ("queries.jsonl", "documents.jsonl"))
-        and "sides" in read_object(path / "manifest.json")
+        and "sides" in read_json(path / "manifest.json", missing={})
     )
 
 
@@ -275,10 +275,10 @@ def _p(value: float) -> str:
 
 def _trained(run: _Run) -> list[Block]:
     record, training, settings = run.record, run.record.training, run.record.settings
-    versions = read_object(record.folder / POLICY_FILE).get("versions", {})
+    versions = read_json(record.folder / POLICY_FILE, missing={}).get("versions", {})
     trained_part = "all weights"
     if record.adapter:
-        adapter = read_object(record.folder / "adapter_config.json")
+        adapter = read_json(record.folder / "adapter_config.json", missing={})
         rank, alpha = adapter.get("r"), adapter.get("lora_alpha")
         trained_part = f"an adapter ({adapter.get('peft_type', 'LoRA')}, rank {rank}, alpha {alpha})"
     arguments, facts = training.get("arguments", {}), describe_training(record)

@@ -525,7 +525,7 @@ class TestIrDatasets:
 
     def test_not_installed(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "ir_datasets", None)
-        assert 'pip install "coaug-trl[irds]"' in error_message("irds:vaswani")
+        assert 'pip install ".[irds]"' in error_message("irds:vaswani")
 
 
 def test_vocabulary_gap():

@@ -53,10 +53,11 @@ DEFAULTS = {
 
 
 def teach_expansions(model_folder, collection, output_dir):
-    """Makes a model that names effects for queries and substances for documents, so that greedy answers matter."""
+    """Makes a model that names for queries what they lack, for documents substances, so that greedy answers matter."""
     answers = []
-    for topic, (substance, _, effect) in TOPICS.items():
-        answers += [("query", text, effect) for id_, text in collection.queries.items() if id_.endswith(f"-{topic}")]
+    for topic, (substance, source, effect) in TOPICS.items():
+        lacking = {f"train-{topic}": substance, f"dev-{topic}": effect, f"test-{topic}": source}
+        answers += [("query", collection.queries[id_], lacking[id_]) for id_ in lacking if id_ in collection.queries]
         answers += [
             ("document", document_text(document), substance)
             for id_, document in collection.corpus.items()

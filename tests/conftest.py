@@ -212,3 +212,55 @@ def chromium():
         browser = engine.chromium.launch(executable_path=path, args=[*quiet, "--disable-component-update"])
         yield browser
         browser.close()
+
+
+def write_answers(model_folder: Path, answers: list[tuple[str, str, str]], output_dir: Path) -> Path:
+    """
+    Makes a model that writes given answers to (side, text, answer) by a wide margin, whatever the processor: the last
+    layer alone is fitted, to the mean of a prompt's random embeddings and the last token's own, until each token leads
+    all others by 2 logits, with a repetition penalty of 1.2 and without.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from coaug_trl import PromptSet
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder, padding_side="left")
+    rows, starts = [], []
+    for side, text, answer in answers:
+        messages = PromptSet("sparse", "query:", "document:").prompt(side, text, tokenizer)
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        rows.append(prompt + f"<answer> {answer}</answer>{tokenizer.eos_token}")
+        starts.append(len(tokenizer(prompt).input_ids))
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "initializer_range": 0.1, "tie_word_embeddings": False}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder, **sizes))
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.q_proj.weight)  # attention to all tokens alike
+    features, seen, wanted = [], [], []
+    for row, start in zip(rows, starts, strict=True):
+        ids = tokenizer(row, return_tensors="pt").input_ids
+        with torch.no_grad():
+            hidden = model.model(ids).last_hidden_state[0]
+        for place in range(start, ids.shape[1]):
+            features.append(hidden[place - 1])
+            seen.append(torch.zeros(len(tokenizer), dtype=torch.bool).index_fill(0, ids[0, :place], True))
+            wanted.append(ids[0, place])
+    features, seen, wanted = map(torch.stack, (features, seen, wanted))
+    torch.nn.init.zeros_(model.lm_head.weight)
+    optimizer = torch.optim.Adam(model.lm_head.parameters(), lr=0.1)
+    for _ in range(2000):
+        logits = model.lm_head(features)
+        penalized = torch.where(seen, torch.where(logits > 0, logits / 1.2, logits * 1.2), logits)
+        both, targets = torch.cat([logits, penalized]), torch.cat([wanted, wanted])[:, None]
+        others = both.scatter(1, targets, -torch.inf).amax(1)
+        if (both.gather(1, targets)[:, 0] - others).min() > 2:
+            break
+        torch.nn.functional.cross_entropy(both, targets[:, 0]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    else:
+        raise AssertionError("the answers cannot be told apart")
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    return output_dir

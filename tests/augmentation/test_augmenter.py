@@ -131,8 +131,8 @@ def test_the_repetition_penalty_does_not_read_the_padding(model, tiny_model, sma
     texts = [*small.queries.values(), "a much longer text " * 20]
     completion = answer_alone(model, tokenizer, "query", texts[0])
     written = tokenizer.tokenize(completion)
-    assert written[:2] == ["<answer>", "Ġ"]
-    tokenizer.pad_token = written[2]
+    assert written[0] == "<answer>"
+    tokenizer.pad_token = next(token for token in written[1:] if token != "Ġ")
     assert augmenter.generate("query", texts) == [augmenter.generate("query", [text])[0] for text in texts]
 
 
@@ -149,7 +149,9 @@ def test_the_models_own_sampling_settings_do_not_matter(make_augmenter, model, s
 
 def test_an_answer_ends_at_the_longest_length(make_augmenter, small):
     texts = list(small.queries.values())
-    cut_off = make_augmenter(generation=GenerationSettings(max_new_tokens=3)).generate("query", texts)
+    assert any(augmentation.complete for augmentation in make_augmenter().generate("query", texts))
+    # The second token may already close an answer.
+    cut_off = make_augmenter(generation=GenerationSettings(max_new_tokens=1)).generate("query", texts)
     assert cut_off == [Augmentation("", complete=False)] * len(texts)
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_trainer import teach_expansions
 
 from coaug_trl import BM25Retriever, Collection, PromptSet, __version__
 from coaug_trl.augmentation.folder import AugmentedCollection
@@ -19,10 +20,9 @@ EVALUATION_FILES = ["manifest.json", "metrics.json", "per_query.jsonl", "qrels.t
 
 
 @pytest.fixture(scope="module")
-def policy(tiny_model, tmp_path_factory):
+def policy(tiny_model, collection, tmp_path_factory):
     """A model folder as training leaves it, for BM25 with k1 0.9."""
-    folder = tmp_path_factory.mktemp("policies") / "policy"
-    shutil.copytree(tiny_model, folder)
+    folder = teach_expansions(tiny_model, collection, tmp_path_factory.mktemp("policies") / "policy")
     PolicySettings(PROMPT_SET, GenerationSettings(24, 1.2), BM25Retriever(k1=0.9).config).save(folder)
     return folder
 

@@ -16,13 +16,14 @@ from importlib.metadata import version
 
 import pytest
 import yaml
-from conftest import make_tiny_model, write_beir_collection
+from conftest import TOPICS, make_tiny_model, write_answers, write_beir_collection
 from hypothesis import given
 from hypothesis import strategies as st
 
 import coaug_trl
 from coaug_trl import Augmenter, BM25Retriever, Collection, PromptSet
 from coaug_trl.cli import main as cli
+from coaug_trl.data.document import document_text
 from coaug_trl.policy.prompts import answer_so_far, extract_answer
 from coaug_trl.policy.settings import GenerationSettings, PolicySettings
 from coaug_trl.publishing.space import write_space
@@ -33,6 +34,7 @@ from coaug_trl.serving.index import SearchIndex
 PROMPT_SET = PromptSet("sparse", "query:", "document:")
 GENERATION = GenerationSettings(24, 1.2)
 JUDGED = "gluten and stomach pain"
+MEASURING = "measuring wheats and pollen"
 # What would run, load, or be filled in, if it were not shown as text.
 EVIL = (
     "<script>window.harmed = 1</script> <img src=x onerror='window.harmed = 2'> ${window.harmed = 3} {{value}} "
@@ -47,9 +49,18 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def policy(tiny_model, folder):
-    """A model folder as training leaves it, with things that are nobody's business."""
-    path = shutil.copytree(tiny_model, folder / "policy")
+def policy(tiny_model, collection, folder):
+    """
+    A model folder as training leaves it, with things that are nobody's business. It names effects of what documents are
+    about, and of what is asked for.
+    """
+    effects = {topic: effect for topic, (_, _, effect) in TOPICS.items()}
+    answers = [("query", QUERIES[0], effects["gluten"]), ("query", QUERIES[1], effects["sunlight"])]
+    answers += [("query", QUERIES[2], "birch trees"), ("query", QUERIES[3], effects["salt"])]
+    answers += [("query", JUDGED, "wheat bread"), ("query", MEASURING, effects["pollen"])]
+    for id_, document in collection.corpus.items():
+        answers.append(("document", document_text(document), effects[id_.rsplit("-", 1)[0]]))
+    path = write_answers(tiny_model, answers, folder / "policy")
     PolicySettings(PROMPT_SET, GENERATION, BM25Retriever().config).save(path)
     (path / "training_args.bin").write_bytes(b"\x80pickle")
     (path / "checkpoint-1").mkdir()
@@ -168,8 +179,10 @@ def test_an_answer_comes_word_by_word(policy):
     assert any(len(parts) > 3 for parts in answers.values())
 
 
-def test_an_answer_that_is_not_completed_is_dropped(tiny_model):
-    augmenter = Augmenter.from_pretrained(str(tiny_model), PROMPT_SET, GenerationSettings(3, 1.2))
+def test_an_answer_that_is_not_completed_is_dropped(policy, tmp_path):
+    path = shutil.copytree(policy, tmp_path / "policy")
+    PolicySettings(PROMPT_SET, GenerationSettings(3, 1.2), BM25Retriever().config).save(path)
+    augmenter = Augmenter.from_pretrained(str(path))
     streamed = [list(augmenter.stream("query", query)) for query in QUERIES]
     assert [parts[-1] for parts in streamed] == [each.answer for each in augmenter.generate("query", QUERIES)]
     assert any(parts[-2] and not parts[-1] for parts in streamed)
@@ -240,7 +253,7 @@ def test_both_sides_of_a_judged_query(browsing, demo, index, policy, advice, aug
 
 
 def test_words_are_marked_by_where_they_come_from(browsing, demo):
-    added, sides = ask(browsing, "measuring wheats and pollen")
+    added, sides = ask(browsing, MEASURING)
     left, right = sides.nth(0), sides.nth(1)
     own = {"measured", "wheat", "pollen"}
     assert {text.lower() for text in left.locator("mark.own").all_inner_texts()} == own

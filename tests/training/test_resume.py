@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from test_trainer import DEFAULTS, PROMPT_SET, assert_equal_weights, saved_weights, weights
+from test_trainer import DEFAULTS, PROMPT_SET, GivenDevAnswers, assert_equal_weights, saved_weights, weights
 from transformers import TrainerCallback
 
 from coaug_trl import BM25Retriever, CoAugConfig, CoAugTrainer, InputError
@@ -47,9 +47,9 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def build(tiny_model, collection):
-    def build(output_dir, callbacks=(), eval_collection=None, **changes):
+    def build(output_dir, callbacks=(), eval_collection=None, trainer=CoAugTrainer, **changes):
         args = CoAugConfig(output_dir=str(output_dir), **{**SETTINGS, **changes})
-        return CoAugTrainer(
+        return trainer(
             str(tiny_model),
             args,
             collection,
@@ -199,6 +199,7 @@ def test_old_checkpoints_go_only_when_the_new_one_is_whole(build, tmp_path, monk
 def test_the_best_checkpoint_is_that_of_the_best_evaluation(build, collection, tmp_path):
     trainer = build(
         tmp_path,
+        trainer=GivenDevAnswers,
         eval_collection=collection.with_split("dev"),
         eval_strategy="steps",
         eval_steps=1,

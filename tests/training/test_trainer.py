@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TOPICS
+from conftest import TOPICS, write_answers
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from trl import GRPOTrainer
 from trl.generation import vllm_generation
@@ -52,31 +52,18 @@ DEFAULTS = {
 }
 
 
-def teach_expansions(model_folder, collection, output_dir, steps=40):
-    """Teaches a model to name effects for queries and substances for documents, so that greedy answers matter."""
-    tokenizer = AutoTokenizer.from_pretrained(model_folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
-    examples = []
+def teach_expansions(model_folder, collection, output_dir):
+    """Makes a model that names for queries what they lack, for documents substances, so that greedy answers matter."""
+    answers = []
     for topic, (substance, source, effect) in TOPICS.items():
-        texts = [("query", f"{question} {word}") for word in (substance, source) for question in ("is", "does", "")]
-        texts += [("document", document_text(d)) for id_, d in collection.corpus.items() if id_.startswith(topic)]
-        for side, text in texts:
-            messages = PROMPT_SET.prompt(side, text, tokenizer)
-            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            answer = effect if side == "query" else substance
-            examples.append((prompt, f"<answer> {answer}</answer>{tokenizer.eos_token}"))
-    batch = tokenizer([prompt + answer for prompt, answer in examples], return_tensors="pt", padding=True)
-    labels = batch.input_ids.clone()
-    for row, (_, answer) in enumerate(examples):
-        labels[row, : -len(tokenizer(answer).input_ids)] = -100
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(steps):
-        model(**batch, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
-    return output_dir
+        lacking = {f"train-{topic}": substance, f"dev-{topic}": effect, f"test-{topic}": source}
+        answers += [("query", collection.queries[id_], lacking[id_]) for id_ in lacking if id_ in collection.queries]
+        answers += [
+            ("document", document_text(document), substance)
+            for id_, document in collection.corpus.items()
+            if id_.startswith(topic)
+        ]
+    return write_answers(model_folder, answers, output_dir)
 
 
 class RecordingTrainer(CoAugTrainer):
@@ -270,7 +257,8 @@ def test_the_completions_table_names_every_text(run):
         user = row.prompt[-1]["content"]
         assert user == (queries[row.text_id] if row.text_type == "query" else document_text(corpus[row.text_id]))
         content = row.completion[-1]["content"]
-        assert row.answer == (content.split("<answer>")[-1].split("</answer>")[0].strip() if row.answer else "")
+        opened = [text.split("</answer>") for text in content.split("<answer>")[1:]]
+        assert row.answer == next((text[0].strip() for text in reversed(opened) if len(text) > 1), "")
     assert table["answer"].ne("").any()
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.collection import Collection
@@ -92,7 +93,8 @@ class Augmenter:
     ):
         _check_batch_size(batch_size)
         _prepare(tokenizer)
-        self.engine = model if hasattr(model, "complete") else TransformersEngine(model, tokenizer, batch_size)
+        own = isinstance(model, torch.nn.Module)
+        self.engine = TransformersEngine(model, tokenizer, batch_size) if own else model
         self.tokenizer = tokenizer
         self.settings = settings
         self.name = name or model.name_or_path

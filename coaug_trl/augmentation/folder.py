@@ -191,8 +191,8 @@ def _check_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def compose(
-    collection: "Collection", augmented: "AugmentedCollection | None", retriever: Retriever
-) -> tuple[dict[str, str], list["Document"]]:
+    collection: Collection, augmented: AugmentedCollection | None, retriever: Retriever
+) -> tuple[dict[str, str], list[Document]]:
     """
     The texts that are searched for and indexed.
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.collection import Collection
@@ -92,7 +93,8 @@ class Augmenter:
     ):
         _check_batch_size(batch_size)
         _prepare(tokenizer)
-        self.engine = model if hasattr(model, "complete") else TransformersEngine(model, tokenizer, batch_size)
+        own = isinstance(model, torch.nn.Module)
+        self.engine = TransformersEngine(model, tokenizer, batch_size) if own else model
         self.tokenizer = tokenizer
         self.settings = settings
         self.name = name or model.name_or_path
@@ -379,17 +381,14 @@ def _settings_for(
 ) -> PolicySettings:
     if trained is None:
         return PolicySettings(prompt_set or PromptSet.default("sparse"), generation or GenerationSettings())
-    if prompt_set is not None and prompt_set.hash != trained.prompt_set.hash:
-        differences = ", ".join(trained.prompt_set.differences(prompt_set))
-        raise InputError(
-            f"{model_name_or_path} was trained with the prompt set {trained.prompt_set.hash}, not {prompt_set.hash}; "
-            f"they differ in {differences}; leave the prompt set out to use its own."
-        )
-    if generation is not None and generation != trained.generation:
-        raise InputError(
-            f"{model_name_or_path} is used with {trained.generation}, not {generation}; leave the generation settings "
-            "out to use its own."
-        )
+    labels = ("the policy", "this call")
+    if prompt_set is not None:
+        said = f"{model_name_or_path} was trained with the prompt set {trained.prompt_set.hash}, not this one"
+        trained.refuse_mismatch(said, labels, "leave the prompt set out to use its own", prompt_set=prompt_set)
+    if generation is not None:
+        said = f"{model_name_or_path} is used with {trained.generation}, not {generation}"
+        advice = "leave the generation settings out to use its own"
+        trained.refuse_mismatch(said, labels, advice, generation=asdict(generation))
     return trained
 
 

@@ -10,7 +10,7 @@ from ..data.collection import Collection
 from ..data.document import Document, document_text
 from ..policy.download import augmentations_folder
 from ..policy.prompts import PromptSet
-from ..policy.settings import retriever_differences
+from ..policy.settings import GenerationSettings, PolicySettings
 from ..retrieval.base import Retriever
 from ..utils.errors import InputError
 from ..utils.files import read_json
@@ -76,20 +76,27 @@ class AugmentedCollection:
             )
         return cls(prompt_set, manifest, answers)
 
+    @property
+    def settings(self) -> PolicySettings:
+        """What they were made with."""
+        generation = GenerationSettings(**self.manifest["generation"])
+        return PolicySettings(self.prompt_set, generation, self.manifest["retriever"])
+
     def check(self, collection: Collection, prompt_set: PromptSet, retriever: dict[str, Any]) -> None:
         """Raises an `InputError` if training with these could not have made such augmentations."""
-        theirs = self.manifest["retriever"]  # an untrained policy names none
-        differences = {
-            "collection": (self.manifest["collection"], collection.name),
-            "prompt set": (self.manifest["prompt_hash"], prompt_set.hash),
-            "retriever": (theirs if theirs and retriever_differences(theirs, retriever) else retriever, retriever),
-        }
-        for what, (theirs, ours) in differences.items():
-            if theirs != ours:
-                raise InputError(
-                    f"The augmentations were made for the {what} {theirs}, and training is for {ours}; augment the "
-                    "documents with a policy of the same settings."
-                )
+        ours, labels = self.prompt_set.hash, ("the augmentations", "training")
+        advice = "augment the documents with a policy of the same settings"
+        if self.manifest["collection"] != collection.name:
+            raise InputError(
+                f"The augmentations were made for the collection {self.manifest['collection']}, and training is for "
+                f"{collection.name}; {advice}."
+            )
+        said = f"The augmentations were made for the prompt set {ours}, and training is for {prompt_set.hash}"
+        self.settings.refuse_mismatch(said, labels, advice, prompt_set=prompt_set)
+        said = (
+            f"The augmentations were made for the retriever {self.settings.retriever}, and training is for {retriever}"
+        )
+        self.settings.refuse_mismatch(said, labels, advice, retriever=retriever)
 
     def queries(self, collection: Collection) -> dict[str, str]:
         """Texts to search for the judged queries, by id."""
@@ -184,8 +191,8 @@ def _check_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def compose(
-    collection: "Collection", augmented: "AugmentedCollection | None", retriever: Retriever
-) -> tuple[dict[str, str], list["Document"]]:
+    collection: Collection, augmented: AugmentedCollection | None, retriever: Retriever
+) -> tuple[dict[str, str], list[Document]]:
     """
     The texts that are searched for and indexed.
 

@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
     check_depth(options.k)
     generation = generation_settings(options)
     trained = PolicySettings.load(policy_folder(options.policy)) if options.policy else None
-    retriever = chosen_retriever(options, trained.retriever if trained else {}, f"{options.policy} is a policy")
+    retriever = chosen_retriever(options, trained, f"{options.policy} is a policy")
     systems = choose_systems(retriever, options.model, options.policy, options.only)
     collection = Collection.load(options.collection, options.split)
     say(collection.summary())

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..utils.errors import InputError
 from ..utils.terminal import note
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from ..augmentation.folder import AugmentedCollection
     from ..data.collection import Collection
-    from ..policy.settings import GenerationSettings
+    from ..policy.settings import GenerationSettings, PolicySettings
     from ..retrieval import Retriever
 
 
@@ -86,17 +86,12 @@ def augmented_and_retriever(
     """What `index` and `evaluate` work with, refused where it does not belong together."""
     from ..augmentation.folder import AugmentedCollection
 
-    augmented, trained_with = None, {}
-    if options.augmentations:
-        augmented = AugmentedCollection.load(options.augmentations, sides)
-        trained_with = augmented.manifest["retriever"]
-    retriever = chosen_retriever(options, trained_with, f"{options.augmentations} was made by a policy")
-    if augmented and augmented.prompt_set.kind != retriever.kind:
-        raise InputError(
-            f"{options.augmentations} was made with prompts for {augmented.prompt_set.kind} retrievers, and the "
-            f"retriever is {retriever.kind}."
-        )
-    if augmented and augmented.manifest["collection"] != collection.name:
+    if not options.augmentations:
+        return None, chosen_retriever(options, None, "")
+    augmented = AugmentedCollection.load(options.augmentations, sides)
+    retriever = chosen_retriever(options, augmented.settings, f"{options.augmentations} was made by a policy")
+    augmented.prompt_set.check_kind(retriever.kind, options.augmentations)
+    if augmented.manifest["collection"] != collection.name:
         raise InputError(
             f"{options.augmentations} belongs to the collection {augmented.manifest['collection']}, not to "
             f"{collection.name}."
@@ -104,25 +99,24 @@ def augmented_and_retriever(
     return augmented, retriever
 
 
-def chosen_retriever(options: argparse.Namespace, trained_with: dict[str, Any], policy: str) -> "Retriever":
+def chosen_retriever(options: argparse.Namespace, trained: "PolicySettings | None", policy: str) -> "Retriever":
     """The retriever of the options; refused where it is not the one that the policy was trained with."""
-    from ..policy.settings import retriever_differences
     from ..retrieval import make_retriever
 
     given = {name: vars(options)[name] for name in ("fields", "k1", "b", "language")} | {"model": options.encoder}
     given = {name: value for name, value in given.items() if value is not None}
     # What the policy was trained for is the default, and nothing else is accepted, but for where its encoder lies.
-    settings = {"retriever": options.retriever} | trained_with | given
-    if trained_with and retriever_differences(trained_with, settings):
-        raise InputError(
-            f"{policy} trained for {trained_with}, not for {settings}; "
-            "leave the retriever's settings out, or augment with an untrained model."
+    trained_with = trained.retriever if trained else {}
+    settings = trained_with | {"retriever": options.retriever} | given
+    if trained:
+        trained.refuse_mismatch(
+            f"{policy} trained for {trained_with}",
+            ("the policy", "these options"),
+            "leave the retriever's settings out, use the --retriever it was trained for, or augment with an untrained "
+            "model",
+            retriever=settings,
         )
-    if settings.pop("retriever") != options.retriever:
-        raise InputError(
-            f"{policy} trained for {trained_with}, and the retriever is {options.retriever}; use the one it was "
-            "trained for."
-        )
+    del settings["retriever"]
     if options.embedding_cache:
         settings["cache_dir"] = options.embedding_cache
     return make_retriever(options.retriever, **settings)

@@ -12,7 +12,7 @@ from ..augmentation.folder import SIDES, AugmentedCollection, compose, describe_
 from ..data.collection import Collection
 from ..policy.download import policy_folder
 from ..policy.prompts import PromptSet
-from ..policy.settings import GenerationSettings, PolicySettings, retriever_differences
+from ..policy.settings import GenerationSettings, PolicySettings
 from ..retrieval import Retriever
 from ..retrieval.base import retrieve
 from ..retrieval.rm3 import RM3
@@ -233,12 +233,10 @@ def _trained_sides(policy: str, retriever: Retriever) -> tuple[str, ...]:
             f"{policy} is no folder of a policy trained here, and no policy on the Hub; give one that coaug train "
             "has written."
         )
-    if trained.prompt_set.kind != retriever.kind:
-        raise InputError(
-            f"{policy} has prompts for {trained.prompt_set.kind} retrievers, and this one is {retriever.kind}."
-        )
-    if trained.retriever and retriever_differences(trained.retriever, retriever.config):
-        raise InputError(f"{policy} was trained for {trained.retriever}, not for {retriever.config}.")
+    trained.prompt_set.check_kind(retriever.kind, policy)
+    said = f"{policy} was trained for {trained.retriever}"
+    labels, advice = ("the policy", "this call"), "use the retriever it was trained for"
+    trained.refuse_mismatch(said, labels, advice, retriever=retriever.config)
     return trained.sides
 
 

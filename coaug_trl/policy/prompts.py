@@ -179,6 +179,11 @@ class PromptSet:
         """The sides that have a prompt: `"query"`, `"document"` or both."""
         return tuple(side for side in ("query", "document") if getattr(self, side) is not None)
 
+    def check_kind(self, kind: str, owner: str) -> None:
+        """Raises an `InputError` if the prompts, which `owner` has, are not for this kind of retriever."""
+        if self.kind != kind:
+            raise InputError(f"{owner} has prompts for {self.kind} retrievers, and the retriever is {kind}.")
+
     def check_sides(self, sides: Iterable[str]) -> None:
         """
         Refuses sides without a prompt.

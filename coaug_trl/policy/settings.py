@@ -105,6 +105,53 @@ class PolicySettings:
             )
         return cls(prompt_set, generation, retriever, augment)
 
+    def refuse_mismatch(
+        self,
+        said: str,
+        labels: tuple[str, str],
+        advice: str,
+        *,
+        prompt_set: PromptSet | None = None,
+        generation: dict[str, Any] | None = None,
+        retriever: dict[str, Any] | None = None,
+    ) -> None:
+        """
+        Refuses settings that are not these. What is left out, or unknown here, is not compared.
+
+        Args:
+            said (`str`):
+                What the message begins with.
+            labels (`tuple[str, str]`):
+                What it calls these settings and the others, such as `("the policy", "the index")`.
+            advice (`str`):
+                What it ends with.
+            prompt_set ([`~coaug_trl.PromptSet`], *optional*):
+                The other prompt set.
+            generation (`dict`, *optional*):
+                The other generation settings.
+            retriever (`dict`, *optional*):
+                The other retriever's configuration.
+
+        Raises:
+            `InputError`: They differ.
+        """
+        names, ours, theirs = [], asdict(self.generation) | self.retriever, (generation or {}) | (retriever or {})
+        if retriever and self.retriever:
+            names += retriever_differences(self.retriever, retriever)
+        if generation is not None:
+            own = asdict(self.generation)
+            names += [name for name in own | generation if own.get(name) != generation.get(name)]
+        faults = [
+            f"{name} is {ours.get(name)} for {labels[0]} and {theirs.get(name)} for {labels[1]}" for name in names
+        ]
+        if prompt_set is not None and prompt_set.hash != self.prompt_set.hash:
+            faults.append(
+                f"the prompt set is {self.prompt_set.hash} for {labels[0]} and {prompt_set.hash} for {labels[1]}, they "
+                f"differ in {', '.join(self.prompt_set.differences(prompt_set))}"
+            )
+        if faults:
+            raise InputError(f"{said}: {', '.join(faults)}; {advice}.")
+
 
 def package_versions() -> dict[str, str]:
     """Versions of the packages that decide a result."""

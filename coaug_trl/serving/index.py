@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -194,46 +194,28 @@ class SearchIndex:
         from ..policy.download import policy_folder
 
         made_with = self.manifest["augmentations"]
-        trained = PolicySettings.load(policy_folder(model))
-        if trained:
-            prompt_set, generation = trained.prompt_set, trained.generation
-            theirs, ours = trained.retriever, self.retriever.config
-            if theirs and (names := retriever_differences(theirs, ours)):
-                differences = ", ".join(
-                    f"{name} is {theirs.get(name)} for the policy and {ours.get(name)} for the index" for name in names
-                )
-                raise InputError(
-                    f"The policy {model} and the index {self.name} differ in their retriever: {differences}; "
-                    "index the collection with the settings of the policy."
-                )
-        elif made_with:
-            prompt_set, generation = PromptSet.load(self.folder), GenerationSettings(**made_with["generation"])
-        else:
-            prompt_set, generation = PromptSet.default(self.retriever.kind), GenerationSettings()
-        if made_with and asdict(generation) != made_with["generation"]:
-            ours, theirs = asdict(generation), made_with["generation"]
-            differences = ", ".join(
-                f"{name} is {ours.get(name)} for the queries and {theirs.get(name)} for the documents"
-                for name in ours | theirs
-                if ours.get(name) != theirs.get(name)
-            )
-            raise InputError(
-                f"The documents of {self.name} were not augmented with the generation settings of {model}: "
-                f"{differences}. Augment and index the collection with this model."
-            )
-        if made_with and prompt_set.hash != made_with["prompt_hash"]:
-            differences = ", ".join(prompt_set.differences(PromptSet.load(self.folder)))
-            raise InputError(
-                f"{model} has the prompt set {prompt_set.hash}, but the documents of {self.name} were augmented with "
-                f"{made_with['prompt_hash']}; they differ in {differences}. Augment and index the collection with "
-                "this model."
-            )
-        if prompt_set.kind != self.retriever.kind:
-            raise InputError(
-                f"{model} has prompts for {prompt_set.kind} retrievers, and the retriever of {self.name} is "
-                f"{self.retriever.kind}."
-            )
-        augmenter = Augmenter.from_pretrained(model, prompt_set, generation)
+        theirs = PromptSet.load(self.folder) if made_with else None
+        if theirs and theirs.hash != made_with["prompt_hash"]:
+            raise InputError(f"{self.name}: {PROMPT_SET_FILE} has been changed; restore it, or index again.")
+        generation = GenerationSettings(**made_with["generation"]) if made_with else GenerationSettings()
+        settings = PolicySettings.load(policy_folder(model)) or PolicySettings(
+            theirs or PromptSet.default(self.retriever.kind), generation
+        )
+        settings.refuse_mismatch(
+            f"The policy {model} and the index {self.name} differ in their retriever",
+            ("the policy", "the index"),
+            "index the collection with the settings of the policy",
+            retriever=self.retriever.config,
+        )
+        settings.refuse_mismatch(
+            f"The documents of {self.name} were not augmented with the settings of {model}",
+            ("the queries", "the documents"),
+            "augment and index the collection with this model",
+            prompt_set=theirs,
+            generation=made_with and made_with["generation"],
+        )
+        settings.prompt_set.check_kind(self.retriever.kind, model)
+        augmenter = Augmenter.from_pretrained(model, settings.prompt_set, settings.generation)
         if made_with and augmenter.revision != made_with["revision"]:
             note(
                 f"the queries are augmented by {augmenter.name} ({augmenter.revision}), the documents were by "

@@ -29,9 +29,6 @@ TEXTS_SORTED_TOGETHER = 4096
 LEAVING_SHARE = 1 / 8
 
 
-# transformers
-
-
 class TransformersEngine:
     """
     Generates with a model of transformers, in batches of like length.

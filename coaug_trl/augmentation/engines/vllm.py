@@ -39,9 +39,6 @@ class VLLMEngine:
             Its `max_new_tokens` are added to the longest prompt.
         dtype (`str`, *optional*, defaults to `"auto"`):
             Type of the weights; `"auto"` is the one they are saved in.
-        gpu_memory_utilization (`float`, *optional*):
-            Share of the GPU's memory that vLLM takes; defaults to 0.9, on a CPU to 0.2 of the memory shared among the
-            processes.
         **kwargs:
             `revision` and `trust_remote_code`.
     """
@@ -56,7 +53,6 @@ class VLLMEngine:
         longest_prompt: int,
         generation: GenerationSettings,
         dtype: str = "auto",
-        gpu_memory_utilization: float | None = None,
         **kwargs,
     ):
         _choose_gpu()
@@ -83,15 +79,14 @@ class VLLMEngine:
 
                 if adapter.is_file():
                     self._adapter = LoRARequest("policy", 1, str(Path(model_name_or_path).resolve()))
-                if gpu_memory_utilization is None:
-                    gpu_memory_utilization = 0.9 if torch.cuda.is_available() else 0.2 / num_processes()
                 self.llm = LLM(
                     base,
                     tokenizer=model_name_or_path,
                     dtype=self.dtype,
                     max_model_len=min(allowed, longest_prompt + generation.max_new_tokens),
                     max_num_seqs=self.width,
-                    gpu_memory_utilization=gpu_memory_utilization,
+                    # on a CPU the processes share its memory
+                    gpu_memory_utilization=0.9 if torch.cuda.is_available() else 0.2 / num_processes(),
                     **settings,
                     **kwargs,
                 )

@@ -17,6 +17,7 @@ from ..evaluation.folder import TEXTS_FILE
 from ..policy.prompts import PROMPT_SET_FILE
 from ..policy.settings import POLICY_FILE
 from ..training.record import TRAINING_FILE
+from ..utils.charts import import_figure
 from ..utils.errors import InputError
 from ..utils.files import read_json
 from ..utils.tables import Table
@@ -75,16 +76,9 @@ def make_report(
         `InputError`: The folder holds no trained policy, a file is damaged, there is nothing in a folder that was
             given, or matplotlib is not installed.
     """
-    _check_packages()
+    import_figure('pip install ".[report]"')
     run = Run(Path(run_folder), evaluations)
-    folders = _find_augmentations(run.folder)
-    for given in augmentations:
-        beneath = _find_augmentations(Path(given))
-        if not beneath:
-            raise InputError(f"{given}: no augmentations are there; make them with coaug augment.")
-        folders += beneath
-    folders = list({path.resolve(): path for path in folders}.values())
-
+    folders = _all_augmentations(run.folder, augmentations)
     results = sorted(
         find_results(run.record), key=lambda each: not each.of_policy
     )  # what is about this policy comes first
@@ -115,11 +109,15 @@ def make_report(
     )
 
 
-def _check_packages() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise InputError(f'The report needs {error.name}: pip install ".[report]".') from None
+def _all_augmentations(folder: Path, given: Iterable[str | Path]) -> list[Path]:
+    """Folders of augmentations beneath the run's and beneath those that were given."""
+    folders = _find_augmentations(folder)
+    for path in given:
+        beneath = _find_augmentations(Path(path))
+        if not beneath:
+            raise InputError(f"{path}: no augmentations are there; make them with coaug augment.")
+        folders += beneath
+    return list({path.resolve(): path for path in folders}.values())
 
 
 def _find_augmentations(folder: Path) -> list[Path]:

@@ -43,8 +43,7 @@ def find_headline(run: Run, results: list[Results]) -> tuple[list[str], Bars | N
     known = retriever == settings.retriever and retriever.get("model", retriever["retriever"])
     sentences = [
         f"On {queries}, {main.measure} is {value:.4f} with this policy, which augments {name_sides(policy.sides)} for "
-        f"{known or describe_retriever(retriever)} in "
-        f"{run.source(policy.folder)[0]}.",
+        f"{known or describe_retriever(retriever)} in {run.source(policy.folder)[0]}.",
         *([SEEN[main.seen]] if main.seen else []),
     ]
     rows = [("this policy", value)]

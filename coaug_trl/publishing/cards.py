@@ -124,9 +124,11 @@ def draw_curves(record: RunRecord, path: str | Path) -> bool:
         by_step.setdefault(step, []).append(value)
     if all(max(values) - min(values) <= VISIBLE for values in by_step.values()):
         series = {"reward": record.points("reward")}
+    ylabel = "reward"
     if measure := find_dev(record):
+        ylabel = "reward, nDCG"
         series[f"{measure.removeprefix('eval_')}, dev"] = record.points(measure)
-    Path(path).write_bytes(draw_lines(series, "reward of rollouts", form="png"))
+    Path(path).write_bytes(draw_lines(series, ylabel, form="png"))
     return True
 
 
@@ -385,7 +387,7 @@ def _shared(collection: str, retriever: dict[str, Any], manifest: dict[str, Any]
     return {
         "collection": {"name": collection, "on_hub": is_hub_id(collection)},
         "collection_option": collection if _loadable(collection) else "path/to/collection",
-        "retriever": f"{'a retriever' if not retriever else 'BM25'}",
+        "retriever": "BM25" if retriever else "a retriever",  # where it is no encoder
         "encoder": encoder,
         "model": name_model(manifest["model"], _model_on_hub(manifest)) if manifest else None,
         "provenance": _provenance(manifest) if manifest else [],

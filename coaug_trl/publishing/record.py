@@ -1,6 +1,7 @@
 """What a training run left in its folder, read for its card and its report."""
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -266,3 +267,41 @@ def _read_evaluation(folder: Path, identity: dict[str, Any]) -> Evaluated:
         )
         return Evaluated(folder, evaluation, "policy" if is_policy else "other")
     return Evaluated(folder, evaluation, "other" if "rm3" in evaluation.manifest["retriever"] else "none")
+
+
+class Run:
+    """
+    A run to be reported, and names of files relative to its folder.
+
+    Args:
+        folder (`Path`):
+            `output_dir` of a training. Of one that was interrupted, the last whole checkpoint is read.
+        evaluations (`Iterable[str | Path]`):
+            As in [`load_record`].
+    """
+
+    def __init__(self, folder: Path, evaluations: Iterable[str | Path]):
+        self.folder = folder
+        checkpoint = None
+        if folder.is_dir() and not (folder / TRAINER_STATE).is_file():  # interrupted, or only its weights were saved
+            from ..training.checkpoints import last_whole_checkpoint  # with all of transformers' trainer
+
+            checkpoint = last_whole_checkpoint(folder, quiet=True)
+        if checkpoint:
+            evaluations = [*evaluations, *find_evaluations(folder)]
+        self.record: RunRecord = load_record(checkpoint or folder, evaluations)
+        self.checkpoint = Path(checkpoint).name if checkpoint else None
+        self.name = folder.resolve().name
+
+    def source(self, *paths: Path) -> tuple[str, ...]:
+        """Paths as the report names them."""
+        relative = [Path(os.path.relpath(path.resolve(), self.folder.resolve())) for path in paths]
+        shared = {(path.parent.parent, path.name) for path in relative}
+        if len(relative) > 2 and len(shared) == 1:  # one path, as a shell would read it
+            folders = ",".join(path.parent.name for path in relative)
+            relative = [relative[0].parent.parent / f"{{{folders}}}" / relative[0].name]
+        return tuple(path.as_posix() for path in relative)
+
+    def of_record(self, *names: str) -> tuple[str, ...]:
+        """Files of the run's own."""
+        return self.source(*(self.record.folder / name for name in names))

@@ -5,44 +5,38 @@ The page is self-contained: no scripts, nothing from the network. Both forms are
 they have the same numbers.
 """
 
-import math
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from ..evaluation.comparison import LETTERS, SIGNIFICANT, Comparison, Pair, format_p, language_of
-from ..evaluation.examples import read_examples, read_texts
+from ..evaluation.comparison import language_of
+from ..evaluation.examples import read_examples
 from ..evaluation.folder import TEXTS_FILE
 from ..policy.prompts import PROMPT_SET_FILE
 from ..policy.settings import POLICY_FILE
 from ..training.record import TRAINING_FILE
-from ..utils.charts import draw_gains
+from ..utils.charts import import_figure
 from ..utils.errors import InputError
+from ..utils.files import read_json
 from ..utils.tables import Table
 from ..utils.terminal import describe_seconds
 from .curves import training_curves
 from .facts import (
     SIDE_NAMES,
-    Contrast,
     Results,
     describe_retriever,
     describe_training,
     find_results,
     is_finite,
-    name_augmented,
     name_sides,
     write_value,
 )
 from .pages import (
-    Bars,
     Block,
     Cases,
     Facts,
-    Figure,
-    Figures,
     Fold,
     Hint,
     Numbers,
@@ -50,43 +44,9 @@ from .pages import (
     Report,
     Section,
     Verbatim,
-    embed,
 )
-from .record import DEPTH, TRAINER_STATE, RunRecord, find_evaluations, load_record
-
-
-# Rows of the table of queries, half of which are gains and half losses, and letters of a query in it.
-QUERY_ROWS, QUERY_LENGTH = 100, 100
-
-
-class _Run:
-    """A run's record, and names of files relative to its folder."""
-
-    def __init__(self, folder: Path, evaluations: Iterable[str | Path]):
-        self.folder = folder
-        checkpoint = None
-        if folder.is_dir() and not (folder / TRAINER_STATE).is_file():  # interrupted, or only its weights were saved
-            from ..training.checkpoints import last_whole_checkpoint  # with all of transformers' trainer
-
-            checkpoint = last_whole_checkpoint(folder, quiet=True)
-        if checkpoint:
-            evaluations = [*evaluations, *find_evaluations(folder)]
-        self.record: RunRecord = load_record(checkpoint or folder, evaluations)
-        self.checkpoint = Path(checkpoint).name if checkpoint else None
-        self.name = folder.resolve().name
-
-    def source(self, *paths: Path) -> tuple[str, ...]:
-        """Paths as the report names them."""
-        relative = [Path(os.path.relpath(path.resolve(), self.folder.resolve())) for path in paths]
-        shared = {(path.parent.parent, path.name) for path in relative}
-        if len(relative) > 2 and len(shared) == 1:  # one path, as a shell would read it
-            folders = ",".join(path.parent.name for path in relative)
-            relative = [relative[0].parent.parent / f"{{{folders}}}" / relative[0].name]
-        return tuple(path.as_posix() for path in relative)
-
-    def of_record(self, *names: str) -> tuple[str, ...]:
-        """Files of the run's own."""
-        return self.source(*(self.record.folder / name for name in names))
+from .record import DEPTH, TRAINER_STATE, Run
+from .results import find_headline, result_tables, where
 
 
 def make_report(
@@ -116,25 +76,20 @@ def make_report(
         `InputError`: The folder holds no trained policy, a file is damaged, there is nothing in a folder that was
             given, or matplotlib is not installed.
     """
-    _check_packages()
-    run = _Run(Path(run_folder), evaluations)
-    folders = _find_augmentations(run.folder)
-    for given in augmentations:
-        beneath = _find_augmentations(Path(given))
-        if not beneath:
-            raise InputError(f"{given}: no augmentations are there; make them with coaug augment.")
-        folders += beneath
-    folders = list({path.resolve(): path for path in folders}.values())
-
+    import_figure('pip install ".[report]"')
+    run = Run(Path(run_folder), evaluations)
+    folders = _all_augmentations(run.folder, augmentations)
     results = sorted(
         find_results(run.record), key=lambda each: not each.of_policy
     )  # what is about this policy comes first
-    headline, bars, hints = _headline(run, results)
+    headline, bars, hints = find_headline(run, results)
     sections = [
         Section("training", "What was trained", _trained(run)),
         Section("curves", "Training curves", training_curves(run.record, run.folder, run.of_record(TRAINER_STATE))),
         *(
-            Section(f"results-{number}" if number > 1 else "results", f"Results: {_where(each)}", _tables(run, each))
+            Section(
+                f"results-{number}" if number > 1 else "results", f"Results: {where(each)}", result_tables(run, each)
+            )
             for number, each in enumerate(results, start=1)
         ),
         Section("words", "Shared words: H(Q,D)", _words(run, results, folders, collection)),
@@ -154,11 +109,15 @@ def make_report(
     )
 
 
-def _check_packages() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise InputError(f'The report needs {error.name}: pip install ".[report]".') from None
+def _all_augmentations(folder: Path, given: Iterable[str | Path]) -> list[Path]:
+    """Folders of augmentations beneath the run's and beneath those that were given."""
+    folders = _find_augmentations(folder)
+    for path in given:
+        beneath = _find_augmentations(Path(path))
+        if not beneath:
+            raise InputError(f"{path}: no augmentations are there; make them with coaug augment.")
+        folders += beneath
+    return list({path.resolve(): path for path in folders}.values())
 
 
 def _find_augmentations(folder: Path) -> list[Path]:
@@ -176,104 +135,7 @@ def _find_augmentations(folder: Path) -> list[Path]:
 # Sections
 
 
-EVALUATE = (
-    "coaug augment --model RUN --collection C --output RUN/augmentations && "
-    "coaug evaluate --collection C --augmentations RUN/augmentations --output RUN/evaluations/policy"
-)
-BASELINE = "coaug evaluate --collection C --output RUN/evaluations/none"
-
-
-def _headline(run: _Run, results: list[Results]) -> tuple[list[str], Bars | None, list[Hint]]:
-    if not results:
-        hint = Hint("The run has not been evaluated on held-out queries. To do so:", EVALUATE)
-        return ["What training did to retrieval is not known yet."], None, [hint]
-    main = results[0]
-    policy = main.group[-1]
-    source = run.source(*(each.folder / "metrics.json" for each in main.group))
-    count = policy.evaluation.metrics["num_queries"]
-    queries = f"{_queries(count)} of {_where(main)}"
-    if policy.system != "policy":
-        means = [(each.folder.name, each.evaluation.metrics[main.measure]) for each in main.group]
-        hint = Hint("This policy has not been evaluated. To do so:", EVALUATE)
-        text = f"There are evaluations of other systems on {queries}, but none of this policy."
-        return [text], Bars(main.measure, f"{main.measure} on {queries}", means, source), [hint]
-    value = policy.evaluation.metrics[main.measure]
-    settings, retriever = run.record.settings, policy.evaluation.manifest["retriever"]
-    sentences = [
-        f"On {queries}, {main.measure} is {value:.4f} with this policy, which augments {name_sides(policy.sides)} for "
-        f"{retriever.get('model', retriever['retriever']) if retriever == settings.retriever else describe_retriever(retriever)} in "
-        f"{run.source(policy.folder)[0]}.",
-        *([SEEN[main.seen]] if main.seen else []),
-    ]
-    rows = [("this policy", value)]
-    for contrast in main.contrasts:
-        pair = contrast.pair
-        other = main.group[contrast.other].evaluation.metrics[main.measure]
-        sentences.append(
-            f"With {contrast.kind}, it is {other:.4f}. The policy's difference is {_signed(pair.mean_difference)} "
-            f"({_interval(pair)}{_p(pair.p_t_test_holm)}): better for {_queries(pair.wins)}, equal for "
-            f"{pair.ties:,}, worse for {pair.losses:,}."
-        )
-        rows.insert(-1, (contrast.label, other))
-    if main.contrasts:
-        sentences.append(
-            f"p is that of the paired t test after Holm's correction for {main.comparison.family}; the intervals, by "
-            "Student's t, are not corrected."
-        )
-    source = run.source(
-        *(main.group[contrast.other].folder / "metrics.json" for contrast in main.contrasts),
-        policy.folder / "metrics.json",
-    )
-    hints = []
-    if retriever != settings.retriever or policy.sides != sorted(settings.sides):
-        text = (
-            f"It was trained to augment {name_sides(settings.sides)} for {describe_retriever(settings.retriever)}, and has not been "
-            "evaluated so. To do so:"
-        )
-        hints.append(Hint(text, EVALUATE))
-    if not any(main.group[contrast.other].system == "none" for contrast in main.contrasts):
-        hints.append(Hint("It has not been compared with retrieval without augmentation. To do so:", BASELINE))
-    bars = (
-        Bars(main.measure, f"{main.measure} on {queries}", rows, source)
-        if max(each for _, each in rows) <= 1
-        else None
-    )
-    return sentences, bars, hints
-
-
-SEEN = {
-    "trained": "It was trained on these queries, so this does not tell how it does on new ones: evaluate it on test.",
-    "chosen": "Checkpoints were chosen on these queries, so values are higher than on new ones: evaluate it on test.",
-}
-
-
-def _where(results: Results) -> str:
-    """Collection and split, as far as they are known."""
-    manifest = results.group[0].evaluation.manifest
-    parts = [manifest.get("collection"), manifest.get("split") and f"{manifest['split']} split"]
-    return ", ".join(filter(None, parts)) or "a collection that was not recorded"
-
-
-def _interval(pair: Pair) -> str:
-    low, high = pair.interval
-    return "" if math.isnan(low) else f"95\N{NO-BREAK SPACE}% interval {_signed(low)} to {_signed(high)}, "
-
-
-def _queries(count: int) -> str:
-    return f"{count:,} {'query' if count == 1 else 'queries'}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.4f}".replace("-", "−")
-
-
-def _p(value: float) -> str:
-    written = format_p(value)
-    sign, number = ("<", written[1:]) if written.startswith("<") else ("=", written)
-    return f"p\N{NO-BREAK SPACE}{sign}\N{NO-BREAK SPACE}{number}"
-
-
-def _trained(run: _Run) -> list[Block]:
+def _trained(run: Run) -> list[Block]:
     record, training, settings = run.record, run.record.training, run.record.settings
     versions = read_json(record.folder / POLICY_FILE, missing={}).get("versions", {})
     trained_part = "all weights"
@@ -327,134 +189,7 @@ def _splits(training: dict[str, Any]) -> str | None:
     return f"trained on {training['train_split']}" + f", evaluated on {dev} in training" * bool(dev)
 
 
-def _tables(run: _Run, results: Results) -> list[Block]:
-    group, comparison, measure = results.group, results.comparison, results.measure
-    metrics = run.source(*(each.folder / "metrics.json" for each in group))
-    values = run.source(*(each.folder / "per_query.jsonl" for each in group))
-    blocks: list[Block] = []
-    if comparison is None:
-        evaluation = group[0].evaluation
-        means = [f"{evaluation.metrics[name]:.4f}" for name in evaluation.measures]
-        table = Table("Means", ["system", *evaluation.measures], [[group[0].folder.name, *means]], left=1)
-        blocks.append(Numbers(table, metrics))
-        blocks.append(Hint("There is nothing to compare it with; coaug baselines makes more."))
-    else:
-        blocks += _significance(results)
-        blocks.append(Numbers(comparison.means_table(), values))
-    blocks.append(Numbers(_systems_table(run, results), metrics))
-    if comparison is None:
-        return blocks
-    folds = {"All pairs, tested": [comparison.pairs_table(measure)]}
-    if len(group) > 2:
-        folds["All pairs, tested"].insert(0, comparison.matrix_table(measure))
-    others = [comparison.pairs_table(each) for each in comparison.values if each != measure]
-    if others:
-        folds["All pairs by the other measures"] = others
-    if results.contrasts:
-        blocks.append(Figures([_gains(run, results, contrast) for contrast in results.contrasts], wide=True))
-    return blocks + [Fold(title, [Numbers(table, values) for table in tables]) for title, tables in folds.items()]
-
-
-def _significance(results: Results) -> list[Block]:
-    """What the policy is significantly better and worse than, by each measure."""
-    comparison, policy = results.comparison, len(results.group) - 1
-    if results.group[policy].system != "policy":
-        return []
-    texts = {}
-    for measure in comparison.values:
-        beaten = comparison.beaten(measure)
-        worse = [place for place, theirs in enumerate(beaten) if policy in theirs]
-        rest = [place for place in range(policy) if place not in (*beaten[policy], *worse)]
-        parts = [
-            ("significantly better than", beaten[policy]),
-            ("significantly worse than", worse),
-            ("not to be told from", rest),
-        ]
-        texts[measure] = " and ".join(
-            f"{relation} {_names(comparison, places)}" for relation, places in parts if places
-        )
-    same = len(set(texts.values())) == 1
-    said = (
-        [f"{texts[results.measure]} by every measure"]
-        if same
-        else [f"{text} by {name}" for name, text in texts.items()]
-    )
-    rule = f"paired t test, p < {SIGNIFICANT} after Holm's correction for {comparison.family}"
-    return [Paragraph(f"This policy ({comparison.names[policy]}) is {'; '.join(said)} ({rule}).")]
-
-
-def _names(comparison: Comparison, places: Sequence[int]) -> str:
-    """Names of systems, or their number where it is all the others."""
-    if len(places) == len(comparison.names) - 1 > 2:
-        return f"all {len(places)} others"
-    names = [comparison.names[place] for place in places]
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-
-
-def _systems_table(run: _Run, results: Results) -> Table:
-    retrievers = [each.evaluation.manifest.get("retriever", {}) for each in results.group]
-    differ = any(each != retrievers[0] for each in retrievers)
-    rows = []
-    for place, (each, retriever) in enumerate(zip(results.group, retrievers, strict=True)):
-        augmentations = each.evaluation.manifest.get("augmentations") or {}
-        by = (
-            "this policy"
-            if each.system == "policy"
-            else augmentations.get("model") or ("RM3" if "rm3" in retriever else "")
-        )
-        row = [
-            LETTERS[place],
-            results.names[place],
-            name_augmented(each),
-            by or "–",
-            *[describe_retriever(retriever)] * differ,
-            f"{each.evaluation.metrics['num_queries']:,}",
-            f"{each.evaluation.metrics['num_queries_without_hits']:,}",
-        ]
-        rows.append(row)
-    retriever = "" if differ else f", all with {describe_retriever(retrievers[0])}"
-    title = f"What was evaluated{retriever}; queries without hits count 0"
-    header = ["", "system", "augmented", "by", *["retriever"] * differ, "queries", "without hits"]
-    return Table(title, header, rows, left=len(header) - 2)
-
-
-def _gains(run: _Run, results: Results, contrast: Contrast) -> Figure:
-    measure, pair = results.measure, contrast.pair
-    before, after = (contrast.alone.values[measure][place] for place in (0, 1))
-    folders = [results.group[place].folder for place in (contrast.other, contrast.policy)]
-    ids = sorted(before, key=lambda id_: (before[id_] - after[id_], id_))
-    half = QUERY_ROWS // 2
-    shown = ids if len(ids) <= QUERY_ROWS else ids[:half] + ids[-half:]
-    texts = _query_texts(folders[1], shown)
-    rows = [
-        [id_, texts.get(id_, ""), f"{before[id_]:.4f}", f"{after[id_]:.4f}"] + [_signed(after[id_] - before[id_])]
-        for id_ in shown
-    ]
-    most = "" if shown is ids else f" (the {half} with the greatest gain and the {half} with the greatest loss)"
-    names = contrast.alone.names
-    table = Table(f"{measure} of each query{most}", ["query", "text", *names, "change"], rows, left=2)
-    title = f"Query by query: {names[1]} against {names[0]}"
-    mean = f"mean {_signed(pair.mean_difference)}, effect size d_z {pair.effect_size:+.2f}".replace("-", "−")
-    description = (
-        f"Change in {measure} of each query: {pair.wins} better, {pair.ties} equal, {pair.losses} worse; {mean}."
-    )
-    changes = [after[id_] - before[id_] for id_ in ids]
-    image = embed(draw_gains(changes, f"change in {measure}"))
-    source = run.source(*(folder / "per_query.jsonl" for folder in folders))
-    note = f"{mean[0].upper()}{mean[1:]}, {_interval(pair)}{_p(pair.p_t_test_holm)}."
-    return Figure(title, note, image, description, table, source)
-
-
-def _query_texts(folder: Path, query_ids: Sequence[str]) -> dict[str, str]:
-    path = folder / TEXTS_FILE
-    if not path.is_file():
-        return {}
-    texts = read_texts(path, {("query", id_) for id_ in query_ids})
-    short = {id_: " ".join(text.split()) for (_, id_), (text, _) in texts.items()}
-    return {id_: text if len(text) <= QUERY_LENGTH else f"{text[:QUERY_LENGTH]} …" for id_, text in short.items()}
-
-
-def _words(run: _Run, results: list[Results], folders: list[Path], given: str | None) -> list[Block]:
+def _words(run: Run, results: list[Results], folders: list[Path], given: str | None) -> list[Block]:
     from ..augmentation.folder import read_manifest
     from ..data.collection import Collection
     from ..studies.alignment import alignment_table, measure_alignment
@@ -515,13 +250,13 @@ def _words(run: _Run, results: list[Results], folders: list[Path], given: str | 
     return [Paragraph(text), Numbers(alignment_table(rows, title), run.source(*chosen))]
 
 
-def _cases(run: _Run, results: list[Results]) -> list[Block]:
+def _cases(run: Run, results: list[Results]) -> list[Block]:
     blocks: list[Block] = []
     for each in results:
         for contrast in each.contrasts:
             folders = [each.group[place].folder for place in (contrast.other, contrast.policy)]
             names = tuple(contrast.alone.names)
-            title = f"{names[1]} against {names[0]}" + f", {_where(each)}" * (len(results) > 1)
+            title = f"{names[1]} against {names[0]}" + f", {where(each)}" * (len(results) > 1)
             changes = contrast.alone.changes(each.measure)
             missing = [
                 name for name, folder in zip(names, folders, strict=True) if not (folder / TEXTS_FILE).is_file()
@@ -543,7 +278,7 @@ def _cases(run: _Run, results: list[Results]) -> list[Block]:
     return [Paragraph(text), *blocks]
 
 
-def _cost(run: _Run, folders: list[Path]) -> list[Block]:
+def _cost(run: Run, folders: list[Path]) -> list[Block]:
     from ..augmentation.folder import read_manifest
 
     record, facts = run.record, describe_training(run.record)

@@ -181,14 +181,13 @@ def draw_errors(rows: Sequence[dict[str, Any]], k: int, bound: float) -> bytes:
     return _save(figure, "png", dpi=150)
 
 
-def import_figure(extra: str = "plot") -> type:
-    """matplotlib's figure; an `InputError` that names the extra where matplotlib is not installed."""
+def import_figure(hint: str = 'pip install ".[plot]", or leave --output out') -> type:
+    """matplotlib's figure; an `InputError` with this hint where matplotlib, an extra, is not installed."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure
     except ImportError:
-        hint = f'pip install ".[{extra}]"'
-        raise InputError(f"The picture needs matplotlib: {hint}, or leave --output out.") from None
-    return Figure
+        raise InputError(f"The picture needs matplotlib: {hint}.") from None
+    return matplotlib.figure.Figure
 
 
 def _style():
@@ -209,7 +208,7 @@ def _style():
 
 
 def _figure():
-    figure = import_figure("report")(figsize=(WIDTH / 72, HEIGHT / 72), layout="constrained")
+    figure = import_figure()(figsize=(WIDTH / 72, HEIGHT / 72), layout="constrained")
     axes = figure.subplots()
     axes.grid(axis="y", linewidth=1)
     axes.set_axisbelow(True)

@@ -12,8 +12,9 @@ from .. import __version__
 from ..policy.download import BM25S_FILES, INDEX_FILES, MODEL_FILES, TOKENIZER_FILES
 from ..policy.prompts import PROMPT_SET_FILE
 from ..policy.settings import POLICY_FILE
-from ..serving.demo import QRELS_FILE, QUERIES_FILE, JudgedQueries, model_name
+from ..serving.demo import model_name
 from ..serving.index import SearchIndex
+from ..serving.judged import QRELS_FILE, QUERIES_FILE, JudgedQueries
 from ..utils.errors import InputError
 from ..utils.files import atomic_open, read_json
 from ..utils.names import is_local
@@ -71,7 +72,7 @@ def write_space(
             Index to search: a folder, which is copied, or a Hub id, which the Space loads.
         model (`str`, *optional*):
             Policy that augments the queries, likewise.
-        judged ([`~coaug_trl.serving.demo.JudgedQueries`], *optional*):
+        judged ([`~coaug_trl.serving.judged.JudgedQueries`], *optional*):
             Queries whose relevant documents are marked.
 
     Returns:

@@ -141,9 +141,9 @@ def notice(text: str) -> str:
     return f'<p class="notice">{escape(text)}</p>'
 
 
-def waiting(text: str) -> str:
+def waiting() -> str:
     """Why the model does not write yet."""
-    return _panel("Waiting for the model", f"<p>{escape(text)}</p>")
+    return _panel("Waiting for the model", "<p>It writes for one search after the other.</p>")
 
 
 def augmentation(analyzer: Analyzer, answer: str, own: set[str], writing: bool = False) -> str:

@@ -194,45 +194,7 @@ class SearchIndex:
         from ..policy.download import policy_folder
 
         made_with = self.manifest["augmentations"]
-        trained = PolicySettings.load(policy_folder(model))
-        if trained:
-            prompt_set, generation = trained.prompt_set, trained.generation
-            theirs, ours = trained.retriever, self.retriever.config
-            if theirs and (names := retriever_differences(theirs, ours)):
-                differences = ", ".join(
-                    f"{name} is {theirs.get(name)} for the policy and {ours.get(name)} for the index" for name in names
-                )
-                raise InputError(
-                    f"The policy {model} and the index {self.name} differ in their retriever: {differences}; "
-                    "index the collection with the settings of the policy."
-                )
-        elif made_with:
-            prompt_set, generation = PromptSet.load(self.folder), GenerationSettings(**made_with["generation"])
-        else:
-            prompt_set, generation = PromptSet.default(self.retriever.kind), GenerationSettings()
-        if made_with and asdict(generation) != made_with["generation"]:
-            ours, theirs = asdict(generation), made_with["generation"]
-            differences = ", ".join(
-                f"{name} is {ours.get(name)} for the queries and {theirs.get(name)} for the documents"
-                for name in ours | theirs
-                if ours.get(name) != theirs.get(name)
-            )
-            raise InputError(
-                f"The documents of {self.name} were not augmented with the generation settings of {model}: "
-                f"{differences}. Augment and index the collection with this model."
-            )
-        if made_with and prompt_set.hash != made_with["prompt_hash"]:
-            differences = ", ".join(prompt_set.differences(PromptSet.load(self.folder)))
-            raise InputError(
-                f"{model} has the prompt set {prompt_set.hash}, but the documents of {self.name} were augmented with "
-                f"{made_with['prompt_hash']}; they differ in {differences}. Augment and index the collection with "
-                "this model."
-            )
-        if prompt_set.kind != self.retriever.kind:
-            raise InputError(
-                f"{model} has prompts for {prompt_set.kind} retrievers, and the retriever of {self.name} is "
-                f"{self.retriever.kind}."
-            )
+        prompt_set, generation = self._settings_for(model, PolicySettings.load(policy_folder(model)))
         augmenter = Augmenter.from_pretrained(model, prompt_set, generation)
         if made_with and augmenter.revision != made_with["revision"]:
             note(
@@ -303,6 +265,49 @@ class SearchIndex:
             `InputError`: The folder lacks one.
         """
         return _read_documents(self.folder / DOCUMENTS_FILE, ids)
+
+    def _settings_for(self, model: str, trained: PolicySettings | None) -> tuple[PromptSet, GenerationSettings]:
+        """Prompts and generation of a policy that augments for this index; refuses one that was trained for another."""
+        made_with = self.manifest["augmentations"]
+        if trained:
+            prompt_set, generation = trained.prompt_set, trained.generation
+            theirs, ours = trained.retriever, self.retriever.config
+            if theirs and (names := retriever_differences(theirs, ours)):
+                differences = ", ".join(
+                    f"{name} is {theirs.get(name)} for the policy and {ours.get(name)} for the index" for name in names
+                )
+                raise InputError(
+                    f"The policy {model} and the index {self.name} differ in their retriever: {differences}; "
+                    "index the collection with the settings of the policy."
+                )
+        elif made_with:
+            prompt_set, generation = PromptSet.load(self.folder), GenerationSettings(**made_with["generation"])
+        else:
+            prompt_set, generation = PromptSet.default(self.retriever.kind), GenerationSettings()
+        if made_with and asdict(generation) != made_with["generation"]:
+            ours, theirs = asdict(generation), made_with["generation"]
+            differences = ", ".join(
+                f"{name} is {ours.get(name)} for the queries and {theirs.get(name)} for the documents"
+                for name in ours | theirs
+                if ours.get(name) != theirs.get(name)
+            )
+            raise InputError(
+                f"The documents of {self.name} were not augmented with the generation settings of {model}: "
+                f"{differences}. Augment and index the collection with this model."
+            )
+        if made_with and prompt_set.hash != made_with["prompt_hash"]:
+            differences = ", ".join(prompt_set.differences(PromptSet.load(self.folder)))
+            raise InputError(
+                f"{model} has the prompt set {prompt_set.hash}, but the documents of {self.name} were augmented with "
+                f"{made_with['prompt_hash']}; they differ in {differences}. Augment and index the collection with "
+                "this model."
+            )
+        if prompt_set.kind != self.retriever.kind:
+            raise InputError(
+                f"{model} has prompts for {prompt_set.kind} retrievers, and the retriever of {self.name} is "
+                f"{self.retriever.kind}."
+            )
+        return prompt_set, generation
 
     def _answers(self, queries: Sequence[str], augmenter: "Augmenter | None") -> list[str | None]:
         if augmenter is None:

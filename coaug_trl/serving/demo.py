@@ -1,11 +1,9 @@
 """A web page on which a query is searched for with and without augmentation, side by side."""
 
-import errno
 import json
 import logging
 import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,17 +12,13 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tqdm.auto import tqdm
-
-from ..data.document import Document
 from ..evaluation.examples import stems
 from ..evaluation.measures import evaluate_run
-from ..policy.fingerprint import ADAPTER_FILE
 from ..retrieval import BM25Retriever, Retriever, make_retriever
 from ..retrieval.analyzer import Analyzer
 from ..utils.errors import InputError
 from . import demo_page as demo_html
-from .index import DOCUMENTS_FILE, SearchIndex
+from .index import SearchIndex
 from .judged import MAX_QUERY, JudgedQueries
 
 
@@ -160,7 +154,7 @@ class Demo:
             plain = _load_plain(plain_index, index)
         elif augmenter and _is_augmented(index) and isinstance(index.retriever, BM25Retriever):
             plain = make_retriever(**index.retriever.config)
-            plain.index(_read_all_documents(index))
+            plain.index(index.read_all())
         return cls(index, augmenter, plain, judged)
 
     def answer(self, query: str) -> Iterator[Part]:
@@ -482,20 +476,6 @@ def _load_plain(folder: str | Path, index: SearchIndex) -> Retriever:
     return plain.retriever
 
 
-def _read_all_documents(index: SearchIndex) -> list[Document]:
-    path, documents = index.folder / DOCUMENTS_FILE, []
-    with open(path, "rb") as file:
-        for line in tqdm(file, "Reading documents", index.manifest["num_documents"], delay=2, leave=False):
-            try:
-                row = json.loads(line)
-                documents.append(Document(row["_id"], row["title"], row["text"]))
-            except (ValueError, KeyError, TypeError):
-                raise InputError(
-                    f"{path} is damaged, line {len(documents) + 1}; index the collection again."
-                ) from None
-    return documents
-
-
 def import_gradio() -> Any:
     """
     Gradio, told not to send anything home.
@@ -509,39 +489,3 @@ def import_gradio() -> Any:
     except ImportError as error:
         raise InputError(f'The demo needs Gradio ({error}): pip install ".[demo]".') from None
     return gradio
-
-
-def check_model(model: str) -> None:
-    """
-    Looks whether the folder of a model is there, before anything is loaded that takes long; the Hub is not asked.
-
-    Raises:
-        `InputError`: There is no such folder, or no model in it.
-    """
-    if Path(model).is_dir():
-        if not any((Path(model) / name).is_file() for name in ("config.json", ADAPTER_FILE)):
-            raise InputError(f"{model}: no model is in this folder; give one that coaug train wrote.")
-    elif Path(model).is_absolute() or model.startswith(".") or model.count("/") > 1:  # not a Hub id
-        raise InputError(f"{model}: no such folder; give one that coaug train wrote.")
-
-
-def check_address(host: str, port: int) -> None:
-    """
-    Tries an address, before anything is loaded that takes long.
-
-    Raises:
-        `InputError`: The port is taken, or this machine has no such address.
-    """
-    if not 1 <= port <= 65535:
-        raise InputError(f"--port is {port}; use 1 to 65535, such as 7860.")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as tried:
-            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            tried.bind(address)
-    except OSError as error:  # also what a name that stands for no address raises
-        if error.errno == errno.EADDRINUSE:
-            raise InputError(f"Port {port} of {host} is taken; choose another with --port.") from None
-        raise InputError(
-            f"{host}:{port} cannot be served: {error.strerror}; choose another --host or --port."
-        ) from None

@@ -7,8 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tqdm.auto import tqdm
+
 from ..augmentation.folder import compose
 from ..data.collection import Collection
+from ..data.document import Document
 from ..policy.prompts import PROMPT_SET_FILE, PromptSet
 from ..policy.settings import GenerationSettings, PolicySettings, package_versions, retriever_differences
 from ..retrieval import Retriever, load_retriever
@@ -265,6 +268,25 @@ class SearchIndex:
             `InputError`: The folder lacks one.
         """
         return _read_documents(self.folder / DOCUMENTS_FILE, ids)
+
+    def read_all(self) -> list[Document]:
+        """
+        Reads all documents as they are, not as they are indexed.
+
+        Raises:
+            `InputError`: A line is damaged.
+        """
+        path, documents = self.folder / DOCUMENTS_FILE, []
+        with open(path, "rb") as file:
+            for line in tqdm(file, "Reading documents", self.manifest["num_documents"], delay=2, leave=False):
+                try:
+                    row = json.loads(line)
+                    documents.append(Document(row["_id"], row["title"], row["text"]))
+                except (ValueError, KeyError, TypeError):
+                    raise InputError(
+                        f"{path} is damaged, line {len(documents) + 1}; index the collection again."
+                    ) from None
+        return documents
 
     def _settings_for(self, model: str, trained: PolicySettings | None) -> tuple[PromptSet, GenerationSettings]:
         """Prompts and generation of a policy that augments for this index; refuses one that was trained for another."""

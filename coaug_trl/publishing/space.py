@@ -18,8 +18,7 @@ from ..serving.judged import QRELS_FILE, QUERIES_FILE, JudgedQueries
 from ..utils.errors import InputError
 from ..utils.files import atomic_open, read_json
 from ..utils.names import is_local
-from .publish import check_weights, select_files
-from .upload import is_demo_app
+from .upload import DEMO_APP, check_weights, select_files
 
 
 POLICY_FILES = (*MODEL_FILES, *TOKENIZER_FILES, POLICY_FILE, PROMPT_SET_FILE)
@@ -119,7 +118,8 @@ def write_space(
 
 def _is_space(folder: Path) -> bool:
     """Whether a folder is one that was written here, and may be replaced."""
-    return (folder / "app.py").is_file() and is_demo_app(folder / "app.py")
+    app = folder / "app.py"
+    return app.is_file() and DEMO_APP.search(app.read_text(encoding="utf-8", errors="replace")) is not None
 
 
 def _policy_files(folder: Path) -> dict[str, Path | bytes]:

@@ -38,7 +38,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..publishing.publish import prepare
+    from ..publishing.upload import prepare
 
     if options.space:
         _push_space(options)
@@ -55,9 +55,8 @@ def _push_space(options: argparse.Namespace) -> None:
     """Writes a Space, of a dry run into a folder that goes away, and pushes it if it is to go anywhere."""
     from tempfile import TemporaryDirectory
 
-    from ..publishing.publish import prepare_space
     from ..publishing.space import write_space
-    from ..publishing.upload import check_repo_id
+    from ..publishing.upload import Upload, check_repo_id
     from ..serving.demo import JudgedQueries
     from ..serving.index import SearchIndex
 
@@ -70,7 +69,8 @@ def _push_space(options: argparse.Namespace) -> None:
         folder = temporary if options.dry_run else options.space
         paths = write_space(folder, options.folder, options.model, judged)
         if options.repo_id or options.dry_run:
-            _push_upload(prepare_space(folder, paths), options)
+            files = {path.relative_to(folder).as_posix(): path for path in paths}
+            _push_upload(Upload("space", files), options)
         else:
             show(
                 {"folder": options.space, "files": len(paths)},

@@ -41,8 +41,7 @@ def run(arguments: list[str] | None = None) -> None:
     """
     from accelerate import PartialState
 
-    from ..publishing.publish import write_run_card
-    from ..publishing.upload import reserve
+    from ..publishing.upload import reserve, write_run_card
     from ..training.checkpoints import check_checkpoint
     from ..training.dry_run import print_plan
     from ..training.recipe import (
@@ -122,8 +121,7 @@ def _evaluate(trainer: "CoAugTrainer", metrics: dict[str, float]) -> None:
 
 def push_run(trainer: "CoAugTrainer") -> None:
     """Pushes a run that has ended as `coaug push` does; what fails can be made up for without training again."""
-    from ..publishing.publish import prepare_run
-    from ..publishing.upload import push
+    from ..publishing.upload import prepare_run, push
 
     args, repo_id = trainer.args, trainer.hub_model_id
     try:

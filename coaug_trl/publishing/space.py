@@ -12,13 +12,13 @@ from .. import __version__
 from ..policy.download import BM25S_FILES, INDEX_FILES, MODEL_FILES, TOKENIZER_FILES
 from ..policy.prompts import PROMPT_SET_FILE
 from ..policy.settings import POLICY_FILE
-from ..serving.demo import QRELS_FILE, QUERIES_FILE, JudgedQueries, model_name
+from ..serving.demo import model_name
 from ..serving.index import SearchIndex
+from ..serving.judged import QRELS_FILE, QUERIES_FILE, JudgedQueries
 from ..utils.errors import InputError
 from ..utils.files import atomic_open, read_json
 from ..utils.names import is_local
-from .publish import check_weights, select_files
-from .upload import is_demo_app
+from .upload import DEMO_APP, check_weights, select_files
 
 
 POLICY_FILES = (*MODEL_FILES, *TOKENIZER_FILES, POLICY_FILE, PROMPT_SET_FILE)
@@ -71,7 +71,7 @@ def write_space(
             Index to search: a folder, which is copied, or a Hub id, which the Space loads.
         model (`str`, *optional*):
             Policy that augments the queries, likewise.
-        judged ([`~coaug_trl.serving.demo.JudgedQueries`], *optional*):
+        judged ([`~coaug_trl.serving.judged.JudgedQueries`], *optional*):
             Queries whose relevant documents are marked.
 
     Returns:
@@ -118,7 +118,8 @@ def write_space(
 
 def _is_space(folder: Path) -> bool:
     """Whether a folder is one that was written here, and may be replaced."""
-    return (folder / "app.py").is_file() and is_demo_app(folder / "app.py")
+    app = folder / "app.py"
+    return app.is_file() and DEMO_APP.search(app.read_text(encoding="utf-8", errors="replace")) is not None
 
 
 def _policy_files(folder: Path) -> dict[str, Path | bytes]:

@@ -1,33 +1,25 @@
 """A web page on which a query is searched for with and without augmentation, side by side."""
 
-import errno
 import json
 import logging
 import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import ir_measures
-from tqdm.auto import tqdm
-
-from ..data.collection import Collection
-from ..data.document import Document
 from ..evaluation.examples import stems
 from ..evaluation.measures import evaluate_run
-from ..policy.fingerprint import ADAPTER_FILE
 from ..retrieval import BM25Retriever, Retriever, make_retriever
 from ..retrieval.analyzer import Analyzer
 from ..utils.errors import InputError
-from ..utils.files import atomic_open, write_jsonl
 from . import demo_page as demo_html
-from .index import DOCUMENTS_FILE, SearchIndex
+from .index import SearchIndex
+from .judged import MAX_QUERY, JudgedQueries
 
 
 if TYPE_CHECKING:
@@ -35,88 +27,12 @@ if TYPE_CHECKING:
 
     from ..augmentation.augmenter import Augmenter
 
-MAX_QUERY = 500  # characters
 HITS = 10  # shown
 DEPTH = 1000  # ranked, as in an evaluation: ranks on the other side are known, and nDCG is that of coaug evaluate
-EXAMPLES = 6
-WAITING = 16  # searches that wait for the one that the model writes for; more are turned away
-SECONDS_BETWEEN_LOOKS = 0.2  # of those who wait
+WAITING = 16  # searches in line; more are turned away
 ANSWER_SECONDS = 120  # the longest that the model writes for one query, also where nobody reads along any more
 MEASURE = "nDCG@10"
-QUERIES_FILE, QRELS_FILE = "queries.jsonl", "qrels.trec"
-
-
-@dataclass(frozen=True)
-class JudgedQueries:
-    """
-    Queries whose relevant documents are known.
-
-    Args:
-        queries (`dict[str, str]`):
-            Texts by query id.
-        qrels (`dict[str, dict[str, int]]`):
-            Grades by query id and document id, of the same queries.
-    """
-
-    queries: dict[str, str]
-    qrels: dict[str, dict[str, int]]
-
-    @classmethod
-    def load(cls, collection: str, split: str, index: SearchIndex) -> "JudgedQueries":
-        """
-        Reads those of a collection's split.
-
-        Raises:
-            `InputError`: There is no such collection or split, or it is not the collection that is indexed.
-        """
-        loaded = Collection.load(collection, split, stream=True)
-        theirs = loaded.name, len(loaded.corpus)
-        ours = index.manifest["collection"], index.manifest["num_documents"]
-        if theirs != ours:
-            raise InputError(
-                f"{index.name} is an index of {ours[0]} ({ours[1]:,} documents), and the judged queries are of "
-                f"{theirs[0]} ({theirs[1]:,} documents); give the collection that was indexed."
-            )
-        return cls({query_id: loaded.queries[query_id] for query_id in loaded.qrels}, loaded.qrels)
-
-    @classmethod
-    def read(cls, folder: str | Path) -> "JudgedQueries | None":
-        """
-        Reads what [`save`] wrote; `None` if there is nothing.
-
-        Raises:
-            `InputError`: A file is damaged.
-        """
-        path, qrels = Path(folder) / QUERIES_FILE, {}
-        if not path.is_file():
-            return None
-        try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            queries = {row["_id"]: row["text"] for row in rows}
-            for qrel in ir_measures.read_trec_qrels(str(path.with_name(QRELS_FILE))):
-                qrels.setdefault(qrel.query_id, {})[qrel.doc_id] = qrel.relevance
-            return cls({query_id: queries[query_id] for query_id in qrels}, qrels)
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} or {QRELS_FILE} beside it is damaged ({error!r}); write both again.") from None
-
-    def save(self, folder: str | Path) -> list[Path]:
-        """Writes `queries.jsonl` and `qrels.trec` into a folder; returns their paths."""
-        folder = Path(folder)
-        write_jsonl(folder / QUERIES_FILE, ({"_id": id_, "text": text} for id_, text in self.queries.items()))
-        with atomic_open(folder / QRELS_FILE) as file:
-            for query_id, judgments in self.qrels.items():
-                file.writelines(f"{query_id} 0 {id_} {grade}\n" for id_, grade in judgments.items())
-        return [folder / QUERIES_FILE, folder / QRELS_FILE]
-
-    def grades(self, query: str) -> dict[str, int]:
-        """The grades of a query, by document id; none if it is not a judged one. How it is spaced does not matter."""
-        words = query.split()
-        return next((self.qrels[id_] for id_, text in self.queries.items() if text.split() == words), {})
-
-    def examples(self) -> list[str]:
-        """Some queries that have a relevant document."""
-        texts = (self.queries[id_].strip() for id_, judgments in self.qrels.items() if any(judgments.values()))
-        return list(dict.fromkeys(text for text in texts if 0 < len(text) <= MAX_QUERY))[:EXAMPLES]
+LOOPBACK = ["127.0.0.1", "localhost"]  # a page elsewhere whose name is made to lead here is refused
 
 
 class Ranking(NamedTuple):
@@ -164,13 +80,6 @@ class Part(NamedTuple):
     status: str | None
 
 
-@dataclass(eq=False)
-class _Visit:
-    """A search that stands in line; `visitor` is who asked for it."""
-
-    visitor: str | None
-
-
 class Demo:
     """
     Searches an index with and without augmentation, and shows both on a page.
@@ -211,7 +120,6 @@ class Demo:
         self.judged = judged or JudgedQueries({}, {})
         self.analyzer = Analyzer(index.retriever.config.get("language", "english"))
         self._page: gradio.Blocks | None = None
-        self._line: list[_Visit] = []  # the model writes for the first
         self._step = threading.Lock()  # neither stemmers nor encoders may be used by two threads at once
 
     @classmethod
@@ -246,7 +154,7 @@ class Demo:
             plain = _load_plain(plain_index, index)
         elif augmenter and _is_augmented(index) and isinstance(index.retriever, BM25Retriever):
             plain = make_retriever(**index.retriever.config)
-            plain.index(_read_all_documents(index))
+            plain.index(index.read_all())
         return cls(index, augmenter, plain, judged)
 
     def answer(self, query: str) -> Iterator[Part]:
@@ -272,8 +180,7 @@ class Demo:
         if self.augmenter is None:
             yield Part("", self._show(query, grades, [bare]), f"{_count(bare)}.")
             return
-        writing = demo_html.augmentation(self.analyzer, "", own, writing=True)
-        yield Part(writing, self._show(query, grades, [bare], waiting=True), "The model is writing.")
+        yield Part(demo_html.waiting(), self._show(query, grades, [bare], waiting=True), "Waiting for the model.")
         answer, seconds = "", 0.0
         with closing(self.augmenter.stream("query", query)) as answers:
             while True:
@@ -298,47 +205,16 @@ class Demo:
             f"{_count(augmented)} with it.",
         )
 
-    def answer_in_turn(self, query: str, visitor: str | None) -> Iterator[Part]:
-        """
-        Searches for a query of one of several visitors: all get at once what is found without the model, which writes
-        for one after the other. A visitor's newer query ends the one before.
-
-        Args:
-            query (`str`):
-                What was typed.
-            visitor (`str` or `None`):
-                Who asks.
-
-        Returns:
-            `Iterator[Part]`: as of [`answer`], and how many are before this one while there are any.
-        """
-        if len(self._line) > WAITING:
-            full = f"{WAITING} searches are waiting already; try again in a minute."
-            yield Part(demo_html.notice(full), "", full)
-            return
-        visit, waits = _Visit(visitor), self.augmenter is not None and not _fault(query.strip())
-        self._line.append(visit)
-        try:
-            with closing(self.answer(query)) as parts:
-                while True:
-                    with self._step:
-                        part = next(parts, None)
-                    if part is None or self._is_obsolete(visit):
-                        return
-                    yield part
-                    while waits and (place := self._line.index(visit)):
-                        before = f"{place} other search{'es' * (place > 1)} first."
-                        yield Part(demo_html.waiting(before), None, f"Waiting: {before}")
-                        time.sleep(SECONDS_BETWEEN_LOOKS)
-                        if self._is_obsolete(visit):
-                            return
-        finally:
-            self._line.remove(visit)
-
-    def _is_obsolete(self, visit: _Visit) -> bool:
-        """Whether the same visitor has asked for something else since."""
-        newer = self._line[self._line.index(visit) + 1 :]
-        return any(other.visitor == visit.visitor for other in newer)
+    def _serve(self, query: str | None, steps: int | None = None) -> Iterator[list[Any]]:
+        """The first steps of an answer, or all, for Gradio to show."""
+        skip = import_gradio().skip
+        with closing(self.answer(query or "")) as parts:
+            for _ in count() if steps is None else range(steps):
+                with self._step:
+                    part = next(parts, None)
+                if part is None:
+                    return
+                yield [skip() if content is None else content for content in part]
 
     @property
     def augmented(self) -> bool:
@@ -422,10 +298,11 @@ class Demo:
         gradio = import_gradio()
         name = self.index.manifest["collection"]
 
-        def search(query: str | None, request: gradio.Request) -> Iterator[list[Any]]:
-            with closing(self.answer_in_turn(query or "", request.session_hash)) as parts:
-                for part in parts:
-                    yield [gradio.skip() if content is None else content for content in part]
+        def look(query: str | None) -> Iterator[list[Any]]:
+            yield from self._serve(query, steps=1)
+
+        def write(query: str | None) -> Iterator[list[Any]]:
+            yield from self._serve(query)
 
         def html(content: str = "", **kwargs) -> "gradio.HTML":
             return gradio.HTML(content, **{"elem_classes": "coaug", "padding": False, "js_on_load": None} | kwargs)
@@ -449,16 +326,16 @@ class Demo:
             status = html(elem_classes="coaug-status", js_on_load="element.setAttribute('role', 'status')")
             augmentation, results = html(), html()
             html(demo_html.facts(self.facts()))
-            query.submit(
-                search,
-                query,
-                [augmentation, results, status],
-                api_visibility="private",
-                show_progress="hidden",
-                trigger_mode="multiple",
-                concurrency_limit=None,  # they take turns in answer_in_turn
-            )
-        return page.queue(max_size=WAITING)
+            shown = [augmentation, results, status]
+            private = {"api_visibility": "private", "show_progress": "hidden", "trigger_mode": "multiple"}
+            looked = query.submit(look, query, shown, **private)
+            if self.augmenter:
+                # All get at once what is found without the model, which writes for one after the other.
+                written = looked.then(
+                    write, query, shown, **private | {"show_progress": "minimal"}, show_progress_on=augmentation
+                )
+                query.submit(None, cancels=written, queue=False)  # a newer query ends the one before
+        return page.queue(max_size=WAITING, api_open=False, default_concurrency_limit=1)
 
     def facts(self) -> list[str]:
         """What index and model are."""
@@ -498,12 +375,16 @@ class Demo:
         """
         gradio = import_gradio()
         from starlette.middleware import Middleware
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
 
         from .demo_server import PageRequests
 
         fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from the net
         self._page = self.page()
-        (search,) = (index for index, function in self._page.fns.items() if function.fn)
+        searches = {index for index, function in self._page.fns.items() if function.fn}
+        guards = []
+        if (host or os.environ.get("GRADIO_SERVER_NAME", LOOPBACK[0])) in LOOPBACK:  # else any name may lead here
+            guards = [Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK, www_redirect=False)]
         try:
             _, address, _ = self._page.launch(
                 server_name=host,
@@ -517,7 +398,8 @@ class Demo:
                 run_history=False,
                 footer_links=[],
                 max_file_size=1,  # nothing is to be uploaded
-                app_kwargs={"middleware": [Middleware(PageRequests, search=search)]},
+                blocked_paths=["/"],
+                app_kwargs={"middleware": [Middleware(PageRequests, searches=searches), *guards]},
                 theme=gradio.themes.Default(primary_hue="blue", **fonts),
                 css=demo_html.CSS,
             )
@@ -594,20 +476,6 @@ def _load_plain(folder: str | Path, index: SearchIndex) -> Retriever:
     return plain.retriever
 
 
-def _read_all_documents(index: SearchIndex) -> list[Document]:
-    path, documents = index.folder / DOCUMENTS_FILE, []
-    with open(path, "rb") as file:
-        for line in tqdm(file, "Reading documents", index.manifest["num_documents"], delay=2, leave=False):
-            try:
-                row = json.loads(line)
-                documents.append(Document(row["_id"], row["title"], row["text"]))
-            except (ValueError, KeyError, TypeError):
-                raise InputError(
-                    f"{path} is damaged, line {len(documents) + 1}; index the collection again."
-                ) from None
-    return documents
-
-
 def import_gradio() -> Any:
     """
     Gradio, told not to send anything home.
@@ -621,39 +489,3 @@ def import_gradio() -> Any:
     except ImportError as error:
         raise InputError(f'The demo needs Gradio ({error}): pip install ".[demo]".') from None
     return gradio
-
-
-def check_model(model: str) -> None:
-    """
-    Looks whether the folder of a model is there, before anything is loaded that takes long; the Hub is not asked.
-
-    Raises:
-        `InputError`: There is no such folder, or no model in it.
-    """
-    if Path(model).is_dir():
-        if not any((Path(model) / name).is_file() for name in ("config.json", ADAPTER_FILE)):
-            raise InputError(f"{model}: no model is in this folder; give one that coaug train wrote.")
-    elif Path(model).is_absolute() or model.startswith(".") or model.count("/") > 1:  # not a Hub id
-        raise InputError(f"{model}: no such folder; give one that coaug train wrote.")
-
-
-def check_address(host: str, port: int) -> None:
-    """
-    Tries an address, before anything is loaded that takes long.
-
-    Raises:
-        `InputError`: The port is taken, or this machine has no such address.
-    """
-    if not 1 <= port <= 65535:
-        raise InputError(f"--port is {port}; use 1 to 65535, such as 7860.")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as tried:
-            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            tried.bind(address)
-    except OSError as error:  # also what a name that stands for no address raises
-        if error.errno == errno.EADDRINUSE:
-            raise InputError(f"Port {port} of {host} is taken; choose another with --port.") from None
-        raise InputError(
-            f"{host}:{port} cannot be served: {error.strerror}; choose another --host or --port."
-        ) from None

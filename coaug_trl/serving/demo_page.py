@@ -1,11 +1,10 @@
-"""What the demo shows, as HTML. Every text from outside goes through [`escape`] or [`mark`], and nothing else does."""
+"""What the demo shows, as HTML. Every text from outside goes through [`escape`] or [`marked`], and nothing else does."""
 
 import html
-import re
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
+from ..evaluation.examples import mark
 from ..retrieval.analyzer import Analyzer
 
 
@@ -79,7 +78,7 @@ def escape(text: str) -> str:
     return html.escape(text).translate(_TEMPLATE)
 
 
-def mark(analyzer: Analyzer, text: str, own: set[str], added: set[str], cut: bool = False) -> str:
+def marked(analyzer: Analyzer, text: str, own: set[str], added: set[str], cut: bool = False) -> str:
     """
     Marks words of a text.
 
@@ -98,27 +97,12 @@ def mark(analyzer: Analyzer, text: str, own: set[str], added: set[str], cut: boo
     Returns:
         `str`: HTML.
     """
-    text = " ".join(text.split())
-    words = list(re.finditer(analyzer.word, text))
-    terms = [set(found) for found in analyzer.terms([word.group() for word in words])] if words else []
-    classes = ["own" if found & own else "added" if found & added else "" for found in terms]
-    start, end = 0, len(text)
-    if cut and len(words) > EXCERPT_WORDS:
-        marked = [0, *accumulate(map(bool, classes))]
-        counts = [marked[first + EXCERPT_WORDS] - marked[first] for first in range(len(words) - EXCERPT_WORDS + 1)]
-        most = max(counts)
-        best = [first for first, count in enumerate(counts) if count == most]
-        first = best[len(best) // 2] if best[0] else 0  # the beginning, or marked words in the middle
-        start = words[first].start() if first else 0
-        end = words[first + EXCERPT_WORDS - 1].end()
-    if cut:
-        end = min(end, start + EXCERPT_CHARACTERS)
-    parts, place = ["… " * (start > 0)], start
-    for word, name in zip(words, classes, strict=True):
-        if name and start <= word.start() and word.end() <= end:
-            parts += [escape(text[place : word.start()]), f'<mark class="{name}">{escape(word.group())}</mark>']
-            place = word.end()
-    return "".join([*parts, escape(text[place:end]), " …" * (end < len(text))])
+    limits = (EXCERPT_WORDS, EXCERPT_CHARACTERS) if cut else (None, None)
+    pieces = mark(analyzer, " ".join(text.split()), {"own": own, "added": added}, *limits)
+    return "".join(
+        f'<mark class="{piece.mark}">{escape(piece.text)}</mark>' if piece.mark else escape(piece.text)
+        for piece in pieces
+    )
 
 
 def header(collection: str, compares: bool) -> str:
@@ -141,15 +125,15 @@ def notice(text: str) -> str:
     return f'<p class="notice">{escape(text)}</p>'
 
 
-def waiting(text: str) -> str:
+def waiting() -> str:
     """Why the model does not write yet."""
-    return _panel("Waiting for the model", f"<p>{escape(text)}</p>")
+    return _panel("Waiting for the model", "<p>It writes for one search after the other.</p>")
 
 
 def augmentation(analyzer: Analyzer, answer: str, own: set[str], writing: bool = False) -> str:
     """What the model adds to a query, or has added so far."""
     (terms,) = analyzer.terms([answer])
-    words = mark(analyzer, answer, own, set(terms) - own)
+    words = marked(analyzer, answer, own, set(terms) - own)
     if writing:
         return _panel("The model is writing", f'<p dir="auto">{words}<span class="caret"></span></p>')
     if not answer:
@@ -187,14 +171,15 @@ def _column(analyzer: Analyzer, column: Column) -> str:
 
 def _hit(analyzer: Analyzer, hit: Hit, column: Column) -> str:
     title, text = (
-        mark(analyzer, hit.document[name], column.own, column.added, cut=name == "text") for name in ("title", "text")
+        marked(analyzer, hit.document[name], column.own, column.added, cut=name == "text")
+        for name in ("title", "text")
     )
     grade = name = ""
     if hit.grade is not None:
         name = "relevant" if hit.grade > 0 else "judged"
         judged = f"relevant (grade {hit.grade})" if hit.grade > 0 else f"judged not relevant ({hit.grade})"
         grade = f'<span class="grade">{judged}</span>'
-    hidden = mark(analyzer, ", ".join(hit.hidden), column.own, column.added)
+    hidden = marked(analyzer, ", ".join(hit.hidden), column.own, column.added)
     return (
         f'<li class="{name}"><span class="rank">{hit.rank}</span><div class="hit">'
         + (f'<h3 dir="auto">{title}</h3>' if title else "")
@@ -256,6 +241,8 @@ CSS = """
 .coaug .grade { padding: 0 .45em; border: 1px solid currentColor; border-radius: 99px; }
 .coaug li.relevant .grade, .coaug .up { color: var(--good); }
 .coaug .down { color: var(--bad); }
+.gradio-container .coaug .wrap.minimal { overflow: visible; }
+.gradio-container .coaug .pending { opacity: 1; }
 .coaug .empty { margin-top: .7rem; padding: .7rem 0; border-top: 1px solid var(--line); color: var(--quiet); }
 .coaug .facts { margin: 1.5rem 0 1rem; }
 @media (prefers-reduced-motion: reduce) { .coaug .caret { animation: none; } }

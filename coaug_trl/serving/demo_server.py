@@ -19,12 +19,12 @@ class PageRequests:
     Args:
         app (`ASGIApp`):
             The application.
-        search (`int`):
-            Index of the one function that may be called.
+        searches (`set[int]`):
+            Indexes of the functions that may be called.
     """
 
-    def __init__(self, app: ASGIApp, search: int):
-        self.app, self.search = app, search
+    def __init__(self, app: ASGIApp, searches: set[int]):
+        self.app, self.searches = app, searches
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -35,7 +35,10 @@ class PageRequests:
         if Headers(scope=scope).get("content-length", "").isdecimal():
             if int(Headers(scope=scope)["content-length"]) <= MAX_BYTES:
                 body = await Request(scope, receive).body()
-        if not scope["path"].endswith("/queue/join") or not self._is_search(body):
+        path = scope["path"]
+        if not (
+            path.endswith("/queue/join") and self._is_search(body) or path.endswith("/gradio_api/cancel") and body
+        ):
             return await self._refuse(scope, receive, send)
 
         async def replay() -> dict[str, Any]:
@@ -62,7 +65,7 @@ class PageRequests:
             content = json.loads(body)
         except (ValueError, RecursionError):
             return False
-        if not isinstance(content, dict) or content.get("fn_index") != self.search:
+        if not isinstance(content, dict) or content.get("fn_index") not in self.searches:
             return False
         data = content.get("data")
         return isinstance(data, list) and len(data) == 1 and (data[0] is None or isinstance(data[0], str))

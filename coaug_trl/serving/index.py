@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tqdm.auto import tqdm
+
 from ..augmentation.folder import compose
 from ..data.collection import Collection
+from ..data.document import Document
 from ..policy.prompts import PROMPT_SET_FILE, PromptSet
 from ..policy.settings import GenerationSettings, PolicySettings, package_versions, retriever_differences
 from ..retrieval import Retriever, load_retriever
@@ -194,27 +197,7 @@ class SearchIndex:
         from ..policy.download import policy_folder
 
         made_with = self.manifest["augmentations"]
-        theirs = PromptSet.load(self.folder) if made_with else None
-        if theirs and theirs.hash != made_with["prompt_hash"]:
-            raise InputError(f"{self.name}: {PROMPT_SET_FILE} has been changed; restore it, or index again.")
-        generation = GenerationSettings(**made_with["generation"]) if made_with else GenerationSettings()
-        settings = PolicySettings.load(policy_folder(model)) or PolicySettings(
-            theirs or PromptSet.default(self.retriever.kind), generation
-        )
-        settings.refuse_mismatch(
-            f"The policy {model} and the index {self.name} differ in their retriever",
-            ("the policy", "the index"),
-            "index the collection with the settings of the policy",
-            retriever=self.retriever.config,
-        )
-        settings.refuse_mismatch(
-            f"The documents of {self.name} were not augmented with the settings of {model}",
-            ("the queries", "the documents"),
-            "augment and index the collection with this model",
-            prompt_set=theirs,
-            generation=made_with and made_with["generation"],
-        )
-        settings.prompt_set.check_kind(self.retriever.kind, model)
+        settings = self._settings_for(model, PolicySettings.load(policy_folder(model)))
         augmenter = Augmenter.from_pretrained(model, settings.prompt_set, settings.generation)
         if made_with and augmenter.revision != made_with["revision"]:
             note(
@@ -285,6 +268,51 @@ class SearchIndex:
             `InputError`: The folder lacks one.
         """
         return _read_documents(self.folder / DOCUMENTS_FILE, ids)
+
+    def read_all(self) -> list[Document]:
+        """
+        Reads all documents as they are, not as they are indexed.
+
+        Raises:
+            `InputError`: A line is damaged.
+        """
+        path, documents = self.folder / DOCUMENTS_FILE, []
+        with open(path, "rb") as file:
+            for line in tqdm(file, "Reading documents", self.manifest["num_documents"], delay=2, leave=False):
+                try:
+                    row = json.loads(line)
+                    documents.append(Document(row["_id"], row["title"], row["text"]))
+                except (ValueError, KeyError, TypeError):
+                    raise InputError(
+                        f"{path} is damaged, line {len(documents) + 1}; index the collection again."
+                    ) from None
+        return documents
+
+    def _settings_for(self, model: str, settings: PolicySettings | None) -> PolicySettings:
+        """Settings of a policy, or of another model those of the index; refused where the two do not belong together."""
+        from ..policy.settings import PolicySettings
+
+        made_with = self.manifest["augmentations"]
+        theirs = PromptSet.load(self.folder) if made_with else None
+        if theirs and theirs.hash != made_with["prompt_hash"]:
+            raise InputError(f"{self.name}: {PROMPT_SET_FILE} has been changed; restore it, or index again.")
+        generation = GenerationSettings(**made_with["generation"]) if made_with else GenerationSettings()
+        settings = settings or PolicySettings(theirs or PromptSet.default(self.retriever.kind), generation)
+        settings.refuse_mismatch(
+            f"The policy {model} and the index {self.name} differ in their retriever",
+            ("the policy", "the index"),
+            "index the collection with the settings of the policy",
+            retriever=self.retriever.config,
+        )
+        settings.refuse_mismatch(
+            f"The documents of {self.name} were not augmented with the settings of {model}",
+            ("the queries", "the documents"),
+            "augment and index the collection with this model",
+            prompt_set=theirs,
+            generation=made_with and made_with["generation"],
+        )
+        settings.prompt_set.check_kind(self.retriever.kind, model)
+        return settings
 
     def _answers(self, queries: Sequence[str], augmenter: "Augmenter | None") -> list[str | None]:
         if augmenter is None:

@@ -30,9 +30,8 @@ from coaug_trl.cli.train import push_run
 from coaug_trl.policy.download import policy_folder
 from coaug_trl.policy.fingerprint import fingerprint, folder_hash
 from coaug_trl.policy.settings import GenerationSettings, PolicySettings, retriever_differences
-from coaug_trl.publishing.publish import prepare, write_run_card
 from coaug_trl.publishing.record import load_record
-from coaug_trl.publishing.upload import Upload, push, reserve
+from coaug_trl.publishing.upload import Upload, prepare, push, reserve, write_run_card
 from coaug_trl.serving.index import SearchIndex
 from coaug_trl.training.record import license_of
 from coaug_trl.utils.files import write_json

@@ -406,10 +406,13 @@ class SlowEngine:
 
     def __init__(self, tokenizer):
         self.tokenizer, self.log, self.words = tokenizer, [], 300
+        self.writing = self.most = 0
 
     def stream(self, prompt, generation):
         (query,) = re.findall("vitamin \\w+", self.tokenizer.decode(prompt))
         text = "<answer>"
+        self.writing += 1
+        self.most = max(self.most, self.writing)
         try:
             while text.count("word") < self.words:
                 time.sleep(0.1)
@@ -420,6 +423,8 @@ class SlowEngine:
         except GeneratorExit:
             self.log.append((query, "stopped"))
             raise
+        finally:
+            self.writing -= 1
 
 
 @pytest.fixture(scope="module")
@@ -436,10 +441,14 @@ def slow_demo(demo):
 def slow(slow_demo):
     """A page whose model is slow, with nobody in line."""
     engine = slow_demo.augmenter.engine
-    engine.log, engine.words = [], 300
+    engine.log, engine.words, engine.most = [], 300, 0
     yield slow_demo
     engine.words = 0
-    until(lambda: not slow_demo._line)
+    until(lambda: is_idle(slow_demo))
+
+
+def is_idle(demo):
+    return not any(demo._page._queue.active_jobs) and not len(demo._page._queue)
 
 
 def until(condition):
@@ -461,7 +470,7 @@ def visit(chromium, demo, query):
 def join(demo, data, fn_index=None, session="somebody"):
     """What a browser sends for a search, without reading what comes of it; returns the status."""
     if fn_index is None:
-        (fn_index,) = (id_ for id_, each in demo._page.fns.items() if each.fn)
+        *_, fn_index = (id_ for id_, each in demo._page.fns.items() if each.fn)  # the model's
     content = {"data": data, "fn_index": fn_index, "session_hash": session, "event_data": None, "trigger_id": 1}
     request = urllib.request.Request(
         f"{demo.url}gradio_api/queue/join", json.dumps(content).encode(), {"Content-Type": "application/json"}
@@ -477,15 +486,15 @@ def test_who_waits_sees_why_and_goes_on_when_the_other_has_left(chromium, slow):
     first = visit(chromium, slow, "vitamin one")
     first.get_by_role("heading", name="The model is writing").wait_for()
     second = visit(chromium, slow, "vitamin two")
-    second.locator(".panel").get_by_text("1 other search first.").wait_for()
-    assert "Waiting: 1 other search first." in second.locator("[role=status].coaug-status").inner_text()
+    second.get_by_text("queue: 1/1").first.wait_for()
+    assert "Waiting for the model." in second.locator("[role=status].coaug-status").inner_text()
     sides = second.locator(".coaug .columns > section")
     assert sides.nth(0).locator("li").count() > 0  # what needs no model is there
     first.close()
     second.get_by_text("word word").wait_for()
     assert slow.augmenter.engine.log == [("vitamin one", "stopped")]
     third = visit(chromium, slow, "vitamin three")
-    third.locator(".panel").get_by_text("1 other search first.").wait_for()
+    third.get_by_text("queue: 1/1").first.wait_for()
     second.close()
     until(lambda: ("vitamin two", "stopped") in slow.augmenter.engine.log)
     slow.augmenter.engine.words = 3
@@ -517,14 +526,16 @@ def test_an_answer_has_a_time_limit(slow, monkeypatch):
 
 
 def test_searches_that_nobody_reads_end_and_only_so_many_wait(chromium, slow, monkeypatch):
-    monkeypatch.setattr("coaug_trl.serving.demo.WAITING", 2)
+    queue = slow._page._queue
+    monkeypatch.setattr(queue, "max_size", 2)
     for number in range(3):
         assert join(slow, [f"vitamin {number}"], session=f"nobody-{number}") == 200
-        until(lambda number=number: len(slow._line) == number + 1)
+        until(lambda number=number: any(queue.active_jobs) and len(queue) == number)
+    assert join(slow, ["vitamin 3"], session="nobody-3") == 503
     page = visit(chromium, slow, "vitamin D")
-    page.locator(".notice").get_by_text("2 searches are waiting already; try again in a minute.").wait_for()
+    page.get_by_text("busy").wait_for()
     monkeypatch.setattr("coaug_trl.serving.demo.ANSWER_SECONDS", 0.25)
-    until(lambda: not slow._line)
+    until(lambda: is_idle(slow))
     assert slow.augmenter.engine.log == [(f"vitamin {number}", "stopped") for number in range(3)]  # in their order
     slow.augmenter.engine.words = 1
     page.get_by_label("Query").press("Enter")
@@ -535,11 +546,10 @@ def test_searches_that_nobody_reads_end_and_only_so_many_wait(chromium, slow, mo
 def test_the_model_writes_for_one_at_a_time(slow):
     slow.augmenter.engine.words = 3
     with ThreadPoolExecutor(4) as pool:
-        runs = [pool.submit(list, slow.answer_in_turn(f"vitamin {n}", str(n))) for n in range(4)]
-    for run in runs:
-        assert "3 words" in run.result()[-1].status
-    order = [query for query, _ in slow.augmenter.engine.log]
-    assert len(order) == 4 and not slow._line
+        assert list(pool.map(lambda n: join(slow, [f"vitamin {n}"], session=f"many-{n}"), range(4))) == [200] * 4
+    until(lambda: len(slow.augmenter.engine.log) == 4 and is_idle(slow))
+    assert all(what == "written" for _, what in slow.augmenter.engine.log)
+    assert slow.augmenter.engine.most == 1
 
 
 @pytest.mark.parametrize(
@@ -558,7 +568,7 @@ def test_the_model_writes_for_one_at_a_time(slow):
 )
 def test_what_no_browser_sends_leaves_no_trace(demo, capfd, data, fn_index):
     assert join(demo, data, fn_index) < 500
-    until(lambda: not demo._line and not any(demo._page._queue.active_jobs) and not len(demo._page._queue))
+    until(lambda: is_idle(demo))
     printed = capfd.readouterr()
     assert "Traceback" not in printed.out + printed.err
     assert "Error" not in printed.out + printed.err
@@ -579,6 +589,28 @@ def test_unknown_sessions_leave_no_trace(demo, caplog, path):
     finally:
         logger.removeHandler(caplog.handler)
     assert caplog.text == ""
+
+
+def answered(demo, path, headers=(), body=None):
+    request = urllib.request.Request(f"{demo.url}{path}", body, dict(headers))
+    try:
+        with urllib.request.urlopen(request) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.mark.parametrize("path", ["upload", "process_recording", "call/look", "call/v2/write", "api/write", "reset"])
+def test_nothing_but_searches_is_taken_in(demo, path):
+    part = b'--X\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\n\r\n--X--\r\n'
+    for kind, body in (("multipart/form-data; boundary=X", part), ("application/json", b'{"data": ["x"]}')):
+        assert answered(demo, f"gradio_api/{path}", {"Content-Type": kind}, body) == 400
+    assert join(demo, ["x" * 150_000]) == 400
+
+
+def test_a_name_that_is_made_to_lead_here_is_refused(demo):
+    assert answered(demo, "config") == 200
+    assert answered(demo, "config", {"Host": "elsewhere.example"}) == 400
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "{folder}/documents.jsonl", "{folder}/manifest.json"])

@@ -77,7 +77,7 @@ def test_files_and_functions_are_short(path):
 
 
 def test_the_package_is_small_enough_to_be_read():
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) <= 14_000
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) <= 17_200
 
 
 def test_the_trainer_overrides_eight_methods_and_contributing_names_them():

@@ -39,12 +39,9 @@ class Augmentation:
     What a policy adds to one text.
 
     Args:
-        answer (`str`):
-            The text of its answer, which may be empty.
-        complete (`bool`):
-            Whether the completion held a whole `<answer>…</answer>`.
-        truncated (`bool`, *optional*, defaults to `False`):
-            Whether the text was cut before the policy read it.
+        answer: The text of its answer, which may be empty.
+        complete: Whether the completion held a whole `<answer>…</answer>`.
+        truncated: Whether the text was cut before the policy read it.
     """
 
     answer: str

@@ -23,20 +23,13 @@ class Estimate:
     What augmenting one side would take.
 
     Args:
-        texts (`int`):
-            Texts of the side.
-        to_do (`int`):
-            Different ones among them that have no answer yet.
-        prompt_tokens (`int`):
-            Tokens of their prompts: the mean of `sampled_prompts` of them, times `to_do`.
-        sampled_prompts (`int`):
-            As said.
-        most_tokens (`int`):
-            Tokens generated if every answer were as long as it may be.
-        sample (`Throughput`):
-            What was measured of the model, on some of the texts.
-        bytes (`int`):
-            Size of the answers on disk.
+        texts: Texts of the side.
+        to_do: Different ones among them that have no answer yet.
+        prompt_tokens: Tokens of their prompts: the mean of `sampled_prompts` of them, times `to_do`.
+        sampled_prompts: As said.
+        most_tokens: Tokens generated if every answer were as long as it may be.
+        sample: What was measured of the model, on some of the texts.
+        bytes: Size of the answers on disk.
     """
 
     texts: int
@@ -71,21 +64,14 @@ def estimate_side(
     Tokenizes up to 1,000 of the texts without an answer, and augments as many as the engine takes at once.
 
     Args:
-        side ([`~coaug_trl.augmentation.side.AnsweredSide`]):
-            The side.
-        retry_incomplete (`int`):
-            How often incomplete answers are tried again.
-        prompts (`Callable`):
-            [`Augmenter.prompts`].
-        augment (`Callable`):
-            [`Augmenter.augment`].
-        width (`int`):
-            Texts that the engine takes at once.
-        most_tokens (`int`):
-            Longest completion, in tokens.
+        side: The side.
+        retry_incomplete: How often incomplete answers are tried again.
+        prompts: [`Augmenter.prompts`].
+        augment: [`Augmenter.augment`].
+        width: Texts that the engine takes at once.
+        most_tokens: Longest completion, in tokens.
 
-    Returns:
-        [`Estimate`]: the estimate.
+    Returns: the estimate.
     """
     places = side.missing(retry_incomplete)
     draw = np.random.default_rng(0)

@@ -31,12 +31,9 @@ class AugmentedCollection:
     Augmentations read from a folder, and the texts they make.
 
     Args:
-        prompt_set ([`~coaug_trl.PromptSet`]):
-            Composes texts and answers.
-        manifest (`dict`):
-            Where the answers come from.
-        answers (`dict[str, dict[str, str]]`):
-            By side, answers by id; a side that was not augmented is absent.
+        prompt_set: Composes texts and answers.
+        manifest: Where the answers come from.
+        answers: By side, answers by id; a side that was not augmented is absent.
     """
 
     prompt_set: PromptSet
@@ -48,9 +45,8 @@ class AugmentedCollection:
         """
         Reads a folder of augmentations, or a dataset on the Hub that `coaug push` made of one.
 
-        Raises:
-            `InputError`: The folder holds no finished augmentations of any of `sides`, has begun one and not finished
-                it, or a file is damaged or was changed.
+        Raises `InputError`: The folder holds no finished augmentations of any of `sides`, has begun one and not
+            finished it, or a file is damaged or was changed.
         """
         name, folder = folder, augmentations_folder(folder)
         manifest = read_manifest(folder)
@@ -197,15 +193,11 @@ def compose(
     The texts that are searched for and indexed.
 
     Args:
-        collection ([`~coaug_trl.Collection`]):
-            Its judged queries and its documents.
-        augmented ([`~coaug_trl.augmentation.folder.AugmentedCollection`] or `None`):
-            What is added to them.
-        retriever ([`~coaug_trl.retrieval.base.Retriever`]):
-            Knows the field that an augmentation joins.
+        collection: Its judged queries and its documents.
+        augmented: What is added to them.
+        retriever: Knows the field that an augmentation joins.
 
-    Returns:
-        `tuple[dict[str, str], list[Document]]`: queries by id, and documents.
+    Returns: queries by id, and documents.
     """
     if augmented is None:
         queries = {query_id: collection.queries[query_id] for query_id in collection.qrels}

@@ -32,8 +32,7 @@ class AnswerStore:
     memory, 23 bytes.
 
     Args:
-        folder (`Path`):
-            The folder; made when the first shard is written.
+        folder: The folder; made when the first shard is written.
 
     `tokens` and `seconds` are what all answers that were read took to generate, those that others replaced included,
     processes added up; not a number where a row of an earlier version does not say.

@@ -34,12 +34,9 @@ class Throughput:
     What one call generated.
 
     Args:
-        texts (`int`):
-            Texts augmented.
-        tokens (`int`):
-            Tokens generated.
-        seconds (`float`):
-            Wall-clock time of it.
+        texts: Texts augmented.
+        tokens: Tokens generated.
+        seconds: Wall-clock time of it.
     """
 
     texts: int
@@ -59,14 +56,10 @@ class AnsweredSide:
     The texts of one side, and the answers to them that a folder has.
 
     Args:
-        collection ([`~coaug_trl.Collection`]):
-            Where the texts come from.
-        name (`str`):
-            `"query"` or `"document"`.
-        folder (`Path`):
-            The folder of augmentations.
-        made_with (`bytes`):
-            All that decides an answer besides its text.
+        collection: Where the texts come from.
+        name: `"query"` or `"document"`.
+        folder: The folder of augmentations.
+        made_with: All that decides an answer besides its text.
 
     `keys` has the key of each text, a `uint64` of shape `(num_texts,)`, in the collection's order.
     """
@@ -98,16 +91,12 @@ class AnsweredSide:
         Generates what is missing of this process's share, and writes it into shards.
 
         Args:
-            augment (`Callable`):
-                [`Augmenter.augment`].
-            retry_incomplete (`int`):
-                How often an incomplete answer is tried again.
+            augment: [`Augmenter.augment`].
+            retry_incomplete: How often an incomplete answer is tried again.
 
-        Returns:
-            [`Throughput`]: what was generated.
+        Returns: what was generated.
 
-        Raises:
-            `InputError`: The collection changes meanwhile.
+        Raises `InputError`: The collection changes meanwhile.
         """
         self._store.folder.mkdir(parents=True, exist_ok=True)  # this side is begun
         # A share is decided by the text alone, so that processes need not ask each other, and equal texts meet.
@@ -191,14 +180,11 @@ class AnsweredSide:
         Writes the file of this side from the shards.
 
         Args:
-            splits (`list[str]`):
-                Splits whose queries the file has already.
+            splits: Splits whose queries the file has already.
 
-        Returns:
-            `dict[str, Any]`: what the manifest says of this side.
+        Returns: what the manifest says of this side.
 
-        Raises:
-            `InputError`: The collection has changed since its keys were read.
+        Raises `InputError`: The collection has changed since its keys were read.
         """
         counts: dict[str, Any] = {"texts": 0, "empty": 0, "incomplete": 0, "truncated": 0}
         retried = {"texts": 0, "repaired": 0, "temperature": RETRY_TEMPERATURE}

@@ -58,8 +58,7 @@ def _check_model(model: str) -> None:
     """
     Looks whether the folder of a model is there, before anything is loaded that takes long; the Hub is not asked.
 
-    Raises:
-        `InputError`: There is no such folder, or no model in it.
+    Raises `InputError`: There is no such folder, or no model in it.
     """
     if Path(model).is_dir():
         if not any((Path(model) / name).is_file() for name in ("config.json", ADAPTER_FILE)):
@@ -72,8 +71,7 @@ def _check_address(host: str, port: int) -> None:
     """
     Tries an address, before anything is loaded that takes long.
 
-    Raises:
-        `InputError`: The port is taken, or this machine has no such address.
+    Raises `InputError`: The port is taken, or this machine has no such address.
     """
     if not 1 <= port <= 65535:
         raise InputError(f"--port is {port}; use 1 to 65535, such as 7860.")

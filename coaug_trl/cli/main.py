@@ -20,12 +20,10 @@ def main(arguments: list[str] | None = None) -> int:
     Runs a `coaug` command.
 
     Args:
-        arguments (`list[str]`, *optional*):
-            Command line; defaults to that of the process.
+        arguments: Command line; defaults to that of the process.
 
-    Returns:
-        `int`: exit code: 0, 1 for training that stopped itself, 2 for bad input, 130 when interrupted, 141 when nobody reads
-        what it prints.
+    Returns: exit code: 0, 1 for training that stopped itself, 2 for bad input, 130 when interrupted, 141 when nobody
+        reads what it prints.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["train"]:  # its options are those of three dataclasses, which TRL's parser reads

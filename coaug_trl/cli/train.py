@@ -30,9 +30,8 @@ def run(arguments: list[str] | None = None) -> None:
     Trains a policy.
 
     Args:
-        arguments (`list[str]`, *optional*):
-            Command line: `--config RECIPE` and fields of [`CoAugScriptArguments`], [`~coaug_trl.CoAugConfig`] and
-            [`trl.ModelConfig`], which go before those of the recipe. Defaults to that of the process.
+        arguments: Command line: `--config RECIPE` and fields of [`CoAugScriptArguments`], [`~coaug_trl.CoAugConfig`]
+            and [`trl.ModelConfig`], which go before those of the recipe. Defaults to that of the process.
 
     Raises:
         `InputError`: A setting or an input file has to be mended.

@@ -146,11 +146,9 @@ class StreamedCorpus:
     but no document by its id.
 
     Args:
-        source (`Source`):
-            Where the documents are.
+        source: Where the documents are.
 
-    Raises:
-        `InputError`: A document is malformed, or an id is used twice.
+    Raises `InputError`: A document is malformed, or an id is used twice.
     """
 
     def __init__(self, source: Source):

@@ -37,14 +37,10 @@ class Group:
     The texts of one composite group, by id.
 
     Args:
-        position (`int`):
-            Number of the group, counted through all epochs.
-        queries (`tuple[str, ...]`):
-            Query ids.
-        documents (`tuple[str, ...]`):
-            Document ids: those relevant to one of the queries, then the irrelevant ones, hard negatives first.
-        num_relevant (`int`):
-            How many of `documents` are relevant.
+        position: Number of the group, counted through all epochs.
+        queries: Query ids.
+        documents: Document ids: those relevant to one of the queries, then the irrelevant ones, hard negatives first.
+        num_relevant: How many of `documents` are relevant.
     """
 
     position: int
@@ -57,11 +53,9 @@ class Group:
         The texts to generate for.
 
         Args:
-            augment (`str`):
-                `"both"`, `"query"` or `"document"`.
+            augment: `"both"`, `"query"` or `"document"`.
 
-        Returns:
-            `list[tuple[str, str]]`: (text type, id) pairs: queries, relevant documents, irrelevant documents.
+        Returns: (text type, id) pairs: queries, relevant documents, irrelevant documents.
         """
         queries = [("query", query_id) for query_id in self.queries]
         documents = [
@@ -80,25 +74,16 @@ class CompositeGroups(torch.utils.data.Dataset):
     group: up to `num_hard_negatives` drawn from the hard negatives of its queries, the rest from the whole corpus.
 
     Args:
-        collection ([`~coaug_trl.Collection`]):
-            Where queries, documents and judgments come from.
-        num_queries (`int`, *optional*, defaults to `1`):
-            Queries a group.
-        group_size (`int`, *optional*, defaults to `16`):
-            Texts a group, queries and documents together.
-        num_relevant (`int`, *optional*, defaults to `5`):
-            At most so many relevant documents per query; missing ones are replaced by irrelevant ones.
-        groups_per_batch (`int`, *optional*, defaults to `32`):
-            Groups in a generation batch, over all processes.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of order and draws.
-        num_hard_negatives (`int`, *optional*, defaults to `0`):
-            At most so many irrelevant documents of a group are hard negatives.
-        hard_negatives (`dict[str, list[str]]`, *optional*):
-            Document ids by query id, from [`~coaug_trl.training.negatives.mine_hard_negatives`].
+        collection: Where queries, documents and judgments come from.
+        num_queries: Queries a group.
+        group_size: Texts a group, queries and documents together.
+        num_relevant: At most so many relevant documents per query; missing ones are replaced by irrelevant ones.
+        groups_per_batch: Groups in a generation batch, over all processes.
+        seed: Seed of order and draws.
+        num_hard_negatives: At most so many irrelevant documents of a group are hard negatives.
+        hard_negatives: Document ids by query id, from [`~coaug_trl.training.negatives.mine_hard_negatives`].
 
-    Raises:
-        `InputError`: The collection has too few queries or documents for one group.
+    Raises `InputError`: The collection has too few queries or documents for one group.
     """
 
     def __init__(
@@ -195,18 +180,13 @@ class GroupSampler(torch.utils.data.Sampler[int]):
     Yields the position of a group once for each of its completions, generation batch by generation batch.
 
     Args:
-        groups ([`CompositeGroups`]):
-            The groups.
-        completions_per_group (`int`):
-            Rows of a group times rollouts of a row.
-        repeat_count (`int`):
-            How often the trainer reads each generation batch: `steps_per_generation * num_iterations`.
-        current_epoch (`Callable[[], int]`):
-            Gives the epoch that starts. The trainer derives it from its global step, because `set_epoch` does not
-            reach the sampler when a run of several processes resumes inside an epoch.
-        has_ended (`Callable[[], bool]`, *optional*):
-            Whether the run is at its last step already: there is nothing to yield then. transformers would take one
-            step more when a run is resumed at its end.
+        groups: The groups.
+        completions_per_group: Rows of a group times rollouts of a row.
+        repeat_count: How often the trainer reads each generation batch: `steps_per_generation * num_iterations`.
+        current_epoch: Gives the epoch that starts. The trainer derives it from its global step, because `set_epoch`
+            does not reach the sampler when a run of several processes resumes inside an epoch.
+        has_ended: Whether the run is at its last step already: there is nothing to yield then. transformers would take
+            one step more when a run is resumed at its end.
     """
 
     def __init__(
@@ -243,8 +223,7 @@ class GroupCollator:
     Folds the repeats of [`GroupSampler`] into the groups of one process.
 
     Args:
-        completions_per_group (`int`):
-            Rows of a group times rollouts of a row.
+        completions_per_group: Rows of a group times rollouts of a row.
     """
 
     completions_per_group: int

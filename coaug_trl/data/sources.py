@@ -53,14 +53,11 @@ def open_source(name_or_path: str) -> Source:
     Tells what a collection's name or path means.
 
     Args:
-        name_or_path (`str`):
-            As in [`Collection.load`].
+        name_or_path: As in [`Collection.load`].
 
-    Returns:
-        [`Source`]: The source, opened as far as needed to know its splits.
+    Returns: The source, opened as far as needed to know its splits.
 
-    Raises:
-        `InputError`: If there is no such collection.
+    Raises `InputError`: If there is no such collection.
     """
     if name_or_path == "vocabulary-gap":
         return VocabularyGap()

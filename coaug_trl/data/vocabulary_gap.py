@@ -51,11 +51,9 @@ def generate(seed: int = 0) -> tuple[dict[str, Document], dict[str, str], dict[s
     three, so nothing of a test query is seen in training but its concepts.
 
     Args:
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of all draws.
+        seed: Seed of all draws.
 
-    Returns:
-        `tuple`: corpus by document id, query texts by query id, and judgments by split, query id and document id.
+    Returns: corpus by document id, query texts by query id, and judgments by split, query id and document id.
     """
     generator = np.random.default_rng(seed)
     concepts = list(CONCEPTS)

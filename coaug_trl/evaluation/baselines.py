@@ -32,13 +32,10 @@ class System(NamedTuple):
     A system of the table.
 
     Args:
-        augmentations (`str` or `None`):
-            Folder of its augmentations, and where the package has one, name of its prompt set; `None` for a system
-            without a model.
-        sides (`tuple[str, ...]`):
-            Sides it augments.
-        kinds (`tuple[str, ...]`):
-            Kinds of retriever it is for.
+        augmentations: Folder of its augmentations, and where the package has one, name of its prompt set; `None` for a
+            system without a model.
+        sides: Sides it augments.
+        kinds: Kinds of retriever it is for.
     """
 
     augmentations: str | None
@@ -69,8 +66,7 @@ class HyDE:
     passage is searched as it is, also with the prompt of documents.
 
     Args:
-        retriever ([`~coaug_trl.DenseRetriever`]):
-            With an index when [`search`] is called.
+        retriever: With an index when [`search`] is called.
 
     Source: [Gao et al. 2022](https://huggingface.co/papers/2212.10496), section 3.2.
     """
@@ -95,18 +91,13 @@ class Models:
     The language models that write the expansions.
 
     Args:
-        model (`str`, *optional*):
-            Folder or Hub id of the one that all prompts are given to.
-        policy (`str`, *optional*):
-            Folder or Hub id of a trained policy, for the system `trained`. The untrained model is then given the
+        model: Folder or Hub id of the one that all prompts are given to.
+        policy: Folder or Hub id of a trained policy, for the system `trained`. The untrained model is then given the
             policy's prompts, so that training is all they differ in.
-        generation ([`~coaug_trl.policy.settings.GenerationSettings`], *optional*):
-            Generation settings of the model; the policy has its own, which the untrained systems share if none are
-            given.
-        batch_size (`int`, *optional*, defaults to `32`):
-            Texts generated for at once.
-        revision (`str`, *optional*):
-            Revision of the model on the Hub.
+        generation: Generation settings of the model; the policy has its own, which the untrained systems share if none
+            are given.
+        batch_size: Texts generated for at once.
+        revision: Revision of the model on the Hub.
     """
 
     model: str | None = None
@@ -134,29 +125,19 @@ def run_baselines(
     step.
 
     Args:
-        systems (`dict[str, System]`):
-            What [`choose_systems`] chose for the same retriever, model and policy.
-        collection ([`~coaug_trl.Collection`]):
-            Its judged queries and its documents.
-        retriever ([`~coaug_trl.retrieval.base.Retriever`]):
-            What all systems retrieve with; a policy must have been trained for it.
-        output_dir (`str` or `Path`):
-            The folder: `augmentations/NAME`, `evaluations/NAME` and `comparison.md`.
-        models ([`Models`]):
-            What writes the expansions.
-        k (`int`, *optional*, defaults to `1000`):
-            Depth of the runs.
-        ignore_identical_ids (`bool`, *optional*, defaults to `False`):
-            As in [`~coaug_trl.retrieval.base.retrieve`].
-        measures (`Iterable[str]`, *optional*, defaults to `("nDCG@10", "nDCG@100", "R@100", "RR@10", "AP")`):
-            As in [`~coaug_trl.evaluation.folder.save_evaluation`].
+        systems: What [`choose_systems`] chose for the same retriever, model and policy.
+        collection: Its judged queries and its documents.
+        retriever: What all systems retrieve with; a policy must have been trained for it.
+        output_dir: The folder: `augmentations/NAME`, `evaluations/NAME` and `comparison.md`.
+        models: What writes the expansions.
+        k: Depth of the runs.
+        ignore_identical_ids: As in [`~coaug_trl.retrieval.base.retrieve`].
+        measures: As in [`~coaug_trl.evaluation.folder.save_evaluation`].
 
-    Returns:
-        [`~coaug_trl.evaluation.comparison.Comparison`] or `None`: of the systems in the order of the table, which `comparison.md`
-        holds too; `None` for a single one.
+    Returns: [`~coaug_trl.evaluation.comparison.Comparison`] or `None`: of the systems in the order of the table, which
+        `comparison.md` holds too; `None` for a single one.
 
-    Raises:
-        `InputError`: the folder holds augmentations of another model, prompt set or collection.
+    Raises `InputError`: the folder holds augmentations of another model, prompt set or collection.
     """
     output_dir, measures = Path(output_dir), list(parse_measures(measures).values())
     augment_systems(systems, collection, retriever.kind, output_dir, models)
@@ -176,20 +157,14 @@ def choose_systems(
     The systems to run.
 
     Args:
-        retriever ([`~coaug_trl.retrieval.base.Retriever`]):
-            What they retrieve with.
-        model (`str` or `None`):
-            As in [`Models`].
-        policy (`str` or `None`):
-            Likewise.
-        only (`Sequence[str]`, *optional*):
-            Names of systems; defaults to all that this retriever allows, `trained` only where there is a policy.
+        retriever: What they retrieve with.
+        model: As in [`Models`].
+        policy: Likewise.
+        only: Names of systems; defaults to all that this retriever allows, `trained` only where there is a policy.
 
-    Returns:
-        `dict[str, System]`: by name, in the order of the table.
+    Returns: by name, in the order of the table.
 
-    Raises:
-        `InputError`: a system is unknown, not for this kind of retriever, or lacks its model.
+    Raises `InputError`: a system is unknown, not for this kind of retriever, or lacks its model.
     """
     for name in only:
         _check_system(name, retriever, policy)
@@ -249,14 +224,11 @@ def prompt_set_of(name: str, kind: str) -> PromptSet:
     The prompt set of a prompted system.
 
     Args:
-        name (`str`):
-            Its folder of augmentations in [`SYSTEMS`].
-        kind (`str`):
-            Kind of retriever, `"sparse"` or `"dense"`.
+        name: Its folder of augmentations in [`SYSTEMS`].
+        kind: Kind of retriever, `"sparse"` or `"dense"`.
 
-    Returns:
-        [`~coaug_trl.PromptSet`]: for that kind. A query is repeated for sparse retrievers only, where its words are to
-        outweigh those of a passage; an embedding has no such counts (Query2doc, section 2).
+    Returns: for that kind. A query is repeated for sparse retrievers only, where its words are to outweigh those of a
+        passage; an embedding has no such counts (Query2doc, section 2).
     """
     if name == "untrained":
         return PromptSet.default(kind)

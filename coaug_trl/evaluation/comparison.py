@@ -28,33 +28,20 @@ class Pair:
     Two systems compared by one measure; differences are the later system minus the earlier.
 
     Args:
-        measure (`str`):
-            Name of the measure.
-        earlier (`int`):
-            Place of the system that was listed first.
-        later (`int`):
-            Place of the other.
-        mean_difference (`float`):
-            Mean of the differences.
-        interval (`tuple[float, float]`):
-            Its 95 % confidence interval by Student's t, not corrected; not numbers for a single query.
-        effect_size (`float`):
-            Cohen's d_z, the mean of the differences in units of their standard deviation: infinite where every query
-            differs by the same, not a number for a single query.
-        wins (`int`):
-            Queries on which the later system is better.
-        ties (`int`):
-            Queries on which they are equal.
-        losses (`int`):
-            Queries on which the later system is worse.
-        p_t_test (`float`):
-            Of the paired Student test, as [`~coaug_trl.evaluation.significance.compare`] gives it.
-        p_randomization (`float`):
-            Of Fisher's randomisation test, likewise.
-        p_t_test_holm (`float`):
-            Corrected by [`holm`] for the number of pairs.
-        p_randomization_holm (`float`):
-            Likewise.
+        measure: Name of the measure.
+        earlier: Place of the system that was listed first.
+        later: Place of the other.
+        mean_difference: Mean of the differences.
+        interval: Its 95 % confidence interval by Student's t, not corrected; not numbers for a single query.
+        effect_size: Cohen's d_z, the mean of the differences in units of their standard deviation: infinite where
+            every query differs by the same, not a number for a single query.
+        wins: Queries on which the later system is better.
+        ties: Queries on which they are equal.
+        losses: Queries on which the later system is worse.
+        p_t_test: Of the paired Student test, as [`~coaug_trl.evaluation.significance.compare`] gives it.
+        p_randomization: Of Fisher's randomisation test, likewise.
+        p_t_test_holm: Corrected by [`holm`] for the number of pairs.
+        p_randomization_holm: Likewise.
     """
 
     measure: str
@@ -78,16 +65,11 @@ class Comparison:
     Systems compared on the same queries.
 
     Args:
-        names (`list[str]`):
-            Names of the systems, the baseline first.
-        values (`dict[str, list[dict[str, float]]]`):
-            Measure to, for each system, query id to value.
-        pairs (`list[Pair]`):
-            All pairs of systems, measure by measure.
-        examples (`list[Example]`):
-            The queries that changed most from the first system to the last, with their texts.
-        notes (`list[str]`):
-            What was left out.
+        names: Names of the systems, the baseline first.
+        values: Measure to, for each system, query id to value.
+        pairs: All pairs of systems, measure by measure.
+        examples: The queries that changed most from the first system to the last, with their texts.
+        notes: What was left out.
     """
 
     names: list[str]
@@ -125,12 +107,10 @@ class Comparison:
         The queries that gained most from the first system to the last, then those that lost most.
 
         Args:
-            measure (`str`):
-                Name of the measure.
+            measure: Name of the measure.
 
-        Returns:
-            `list[tuple[str, float, float]]`: query id, value of the first system, value of the last; up to three
-            gains and up to three losses, the greatest first.
+        Returns: query id, value of the first system, value of the last; up to three gains and up to three losses, the
+            greatest first.
         """
         first, last = self.values[measure][0], self.values[measure][-1]
         by_change = sorted(first, key=lambda query_id: (first[query_id] - last[query_id], query_id))
@@ -143,13 +123,10 @@ class Comparison:
         Two of the systems, without examples; p-values stay corrected for all pairs of this comparison.
 
         Args:
-            earlier (`int`):
-                Place of the system that was listed first.
-            later (`int`):
-                Place of the other.
+            earlier: Place of the system that was listed first.
+            later: Place of the other.
 
-        Returns:
-            [`Comparison`]: of these two.
+        Returns: of these two.
         """
         places = (earlier, later)
         return Comparison(
@@ -177,11 +154,9 @@ class Comparison:
         made of those queries.
 
         Args:
-            format (`str`, *optional*, defaults to `"table"`):
-                `"table"` for a terminal, `"markdown"`, or `"latex"` (needs the package booktabs).
+            format: `"table"` for a terminal, `"markdown"`, or `"latex"` (needs the package booktabs).
 
-        Returns:
-            `str`: the tables and examples, with an empty line between them.
+        Returns: the tables and examples, with an empty line between them.
         """
         parts = [*self._summary(), *map(self.pairs_table, self.values), self._changes()]
         if self.examples:
@@ -193,11 +168,9 @@ class Comparison:
         Writes the means and the matrix of p-values alone: what fits a screen with many systems.
 
         Args:
-            format (`str`, *optional*, defaults to `"table"`):
-                As in [`render`].
+            format: As in [`render`].
 
-        Returns:
-            `str`: the two tables, with an empty line between them.
+        Returns: the two tables, with an empty line between them.
         """
         return write(self._summary(), format)
 
@@ -286,19 +259,14 @@ def compare_folders(
     Compares evaluation folders pair by pair.
 
     Args:
-        folders (`Sequence[str | Path]`):
-            Two to 26 folders that [`~coaug_trl.evaluation.folder.save_evaluation`] wrote, the baseline first.
-        measures (`Iterable[str]`, *optional*):
-            Measures to compare by; defaults to those of the first folder that all have.
-        examples (`bool`, *optional*, defaults to `True`):
-            Whether to read examples of the first system and the last.
+        folders: Two to 26 folders that [`~coaug_trl.evaluation.folder.save_evaluation`] wrote, the baseline first.
+        measures: Measures to compare by; defaults to those of the first folder that all have.
+        examples: Whether to read examples of the first system and the last.
 
-    Returns:
-        [`Comparison`]: systems are named by their folders.
+    Returns: systems are named by their folders.
 
-    Raises:
-        `InputError`: fewer than two folders or more than 26, one given twice, one that is no evaluation, or folders of
-            different queries or collections, or without a measure that is asked for or that all have.
+    Raises `InputError`: fewer than two folders or more than 26, one given twice, one that is no evaluation, or folders
+        of different queries or collections, or without a measure that is asked for or that all have.
     """
     if not 2 <= len(folders) <= len(LETTERS):
         raise InputError(f"Compare two evaluation folders or more, up to {len(LETTERS)}; given: {len(folders)}.")

@@ -33,16 +33,11 @@ class Example(NamedTuple):
     A query whose value changed, with the relevant document whose part in the DCG changed most in the same direction.
 
     Args:
-        query_id (`str`):
-            Id of the query.
-        values (`tuple[float, float]`):
-            Value of the first system and of the last.
-        document_id (`str`):
-            Id of the document.
-        ranks (`tuple[int | None, int | None]`):
-            Its rank for the first system and for the last, from 1; `None` where it was not found.
-        sides (`list[tuple[Side, Side]]`):
-            Query and document, for the first system and for the last.
+        query_id: Id of the query.
+        values: Value of the first system and of the last.
+        document_id: Id of the document.
+        ranks: Its rank for the first system and for the last, from 1; `None` where it was not found.
+        sides: Query and document, for the first system and for the last.
     """
 
     query_id: str
@@ -65,19 +60,13 @@ def mark(
     Marks words of a text.
 
     Args:
-        analyzer ([`~coaug_trl.retrieval.analyzer.Analyzer`]):
-            Says what the same word is.
-        text (`str`):
-            The text, shown as it is.
-        terms (`Mapping[str, set[str]]`):
-            Mark to the terms that get it; the first mark counts.
-        words (`int`, *optional*):
-            Cuts a longer text to as many words, where most are marked.
-        letters (`int`, *optional*):
-            Cuts what is left after as many.
+        analyzer: Says what the same word is.
+        text: The text, shown as it is.
+        terms: Mark to the terms that get it; the first mark counts.
+        words: Cuts a longer text to as many words, where most are marked.
+        letters: Cuts what is left after as many.
 
-    Returns:
-        `list[Piece]`: the text in pieces, each marked word one of them, with an ellipsis where it was cut.
+    Returns: the text in pieces, each marked word one of them, with an ellipsis where it was cut.
     """
     found = list(re.finditer(analyzer.word, text))
     of_words = analyzer.terms([word.group() for word in found]) if found else []
@@ -113,19 +102,13 @@ def read_examples(
     Reads examples from the evaluation folders of two systems.
 
     Args:
-        folders (`Sequence[str | Path]`):
-            Those of the first system and of the last, with `texts.jsonl`.
-        changes (`Iterable[tuple[str, float, float]]`):
-            Query id, value of the first system and value of the last.
-        languages (`Sequence[str]`):
-            Language of each system's BM25 analyzer, which says what the same word is.
+        folders: Those of the first system and of the last, with `texts.jsonl`.
+        changes: Query id, value of the first system and value of the last.
+        languages: Language of each system's BM25 analyzer, which says what the same word is.
 
-    Returns:
-        `list[Example]`: one a query, in the order given, where both folders have its text and that of a document
-        relevant to it.
+    Returns: one a query, in the order given, where both folders have its text and that of a document relevant to it.
 
-    Raises:
-        `InputError`: a file is damaged.
+    Raises `InputError`: a file is damaged.
     """
     changes = list(changes)
     query_ids = {query_id for query_id, _, _ in changes}
@@ -189,14 +172,10 @@ def example_tables(
     Sets examples as tables, with a line before them.
 
     Args:
-        measure (`str`):
-            What their values are.
-        names (`tuple[str, str]`):
-            The two systems.
-        examples (`Iterable[Example]`):
-            As [`read_examples`] gives them.
-        format (`str`):
-            As in [`~coaug_trl.utils.tables.write`], which takes what this gives.
+        measure: What their values are.
+        names: The two systems.
+        examples: As [`read_examples`] gives them.
+        format: As in [`~coaug_trl.utils.tables.write`], which takes what this gives.
     """
     yield (
         f"{measure}: what the first system and the last made of these queries and of a relevant document; words that "

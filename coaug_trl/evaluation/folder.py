@@ -33,14 +33,11 @@ def judged_texts(
     The texts that show what a system did with its queries: the judged queries and the documents relevant to them.
 
     Args:
-        collection ([`~coaug_trl.Collection`]):
-            Whose queries and documents.
-        answers (`dict[str, dict[str, str]]`, *optional*):
-            What was added: side (`"query"`, `"document"`) to id to answer, as in
+        collection: Whose queries and documents.
+        answers: What was added: side (`"query"`, `"document"`) to id to answer, as in
             [`~coaug_trl.augmentation.folder.AugmentedCollection`]; defaults to nothing.
 
-    Returns:
-        `Iterator[dict[str, str]]`: `_id`, `type` (the side), `text` and `augmentation`, empty where nothing was added.
+    Returns: `_id`, `type` (the side), `text` and `augmentation`, empty where nothing was added.
     """
     documents = dict.fromkeys(chain.from_iterable(map(collection.relevant_documents, collection.qrels)))
     texts = {
@@ -66,24 +63,16 @@ def evaluation_manifest(
     How an evaluation is made, for [`~coaug_trl.evaluation.folder.save_evaluation`].
 
     Args:
-        collection ([`~coaug_trl.Collection`]):
-            What is evaluated on.
-        augmented ([`~coaug_trl.augmentation.folder.AugmentedCollection`] or `None`):
-            What was added to its texts.
-        config (`dict[str, Any]`):
-            The retriever's.
-        queries (`dict[str, str]`):
-            As [`compose`] gives them.
-        documents (`list[Document]`):
-            Likewise.
-        k (`int`):
-            Depth of the run.
-        ignore_identical_ids (`bool`):
-            As in [`~coaug_trl.retrieval.base.retrieve`].
+        collection: What is evaluated on.
+        augmented: What was added to its texts.
+        config: The retriever's.
+        queries: As [`compose`] gives them.
+        documents: Likewise.
+        k: Depth of the run.
+        ignore_identical_ids: As in [`~coaug_trl.retrieval.base.retrieve`].
 
-    Returns:
-        `dict[str, Any]`: JSON-able; two evaluations with equal manifests have equal runs, since `hashes` are of all
-        texts and judgments.
+    Returns: JSON-able; two evaluations with equal manifests have equal runs, since `hashes` are of all texts and
+        judgments.
     """
     return {
         "collection": collection.name,
@@ -126,25 +115,17 @@ def save_evaluation(
     `metrics.json`.
 
     Args:
-        folder (`str` or `Path`):
-            Where to write; made if it is not there.
-        run (`dict[str, dict[str, float]]`):
-            Query id to document id to score.
-        qrels (`dict[str, dict[str, int]]`):
-            Query id to document id to grade.
-        manifest (`dict[str, Any]`):
-            How the run was made, JSON-able; `manifest["retriever"]` is the retriever's `config`.
-        measures (`Iterable[str]`, *optional*, defaults to `("nDCG@10", "nDCG@100", "R@100", "RR@10", "AP")`):
-            Names of measures as [`parse_measures`] reads them.
-        texts (`Iterable[dict[str, str]]`, *optional*):
-            Rows of [`judged_texts`], for the examples of `coaug compare`; without them there is no `texts.jsonl`.
+        folder: Where to write; made if it is not there.
+        run: Query id to document id to score.
+        qrels: Query id to document id to grade.
+        manifest: How the run was made, JSON-able; `manifest["retriever"]` is the retriever's `config`.
+        measures: Names of measures as [`parse_measures`] reads them.
+        texts: Rows of [`judged_texts`], for the examples of `coaug compare`; without them there is no `texts.jsonl`.
 
-    Returns:
-        `dict[str, Any]`: the content of `metrics.json`: the means, `num_queries`, `num_queries_without_hits` and
-        `retriever`.
+    Returns: the content of `metrics.json`: the means, `num_queries`, `num_queries_without_hits` and `retriever`.
 
-    Raises:
-        `InputError`: as in [`evaluate_run`], or an id is empty or has whitespace in it, which TREC files cannot hold.
+    Raises `InputError`: as in [`evaluate_run`], or an id is empty or has whitespace in it, which TREC files cannot
+        hold.
     """
     _check_ids(run, qrels)
     ranked = break_ties(run)
@@ -194,12 +175,9 @@ class Evaluation:
     An evaluation folder, read.
 
     Args:
-        metrics (`dict[str, Any]`):
-            Content of `metrics.json`.
-        per_query (`dict[str, dict[str, float]]`):
-            Query id to measure to value; every query has the same measures.
-        manifest (`dict[str, Any]`):
-            How the run was made.
+        metrics: Content of `metrics.json`.
+        per_query: Query id to measure to value; every query has the same measures.
+        manifest: How the run was made.
     """
 
     metrics: dict[str, Any]
@@ -217,15 +195,12 @@ def load_evaluation(folder: str | Path) -> Evaluation:
     Reads what [`save_evaluation`] wrote, the run, the judgments and the texts excepted.
 
     Args:
-        folder (`str` or `Path`):
-            The evaluation folder.
+        folder: The evaluation folder.
 
-    Returns:
-        [`Evaluation`]: with the queries in the order of the file.
+    Returns: with the queries in the order of the file.
 
-    Raises:
-        `InputError`: a file is missing or damaged, or the values of the queries do not have the means that
-            `metrics.json` states, as when an evaluation was begun anew there and interrupted.
+    Raises `InputError`: a file is missing or damaged, or the values of the queries do not have the means that
+        `metrics.json` states, as when an evaluation was begun anew there and interrupted.
     """
     folder = Path(folder)
     files = ("run.trec", "qrels.trec", "per_query.jsonl", "manifest.json", "metrics.json")

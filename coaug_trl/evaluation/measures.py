@@ -21,15 +21,12 @@ def parse_measures(names: Iterable[str]) -> dict[ir_measures.Measure, str]:
     Reads names of measures and tries each on a judged document, so that a wrong one is refused before long work.
 
     Args:
-        names (`Iterable[str]`):
-            Names as [ir_measures](https://ir-measur.es) writes them, such as `nDCG@10` or `P(rel=2)@5`.
+        names: Names as [ir_measures](https://ir-measur.es) writes them, such as `nDCG@10` or `P(rel=2)@5`.
 
-    Returns:
-        `dict`: the measures and the names they were given by, each once, in the order given.
+    Returns: the measures and the names they were given by, each once, in the order given.
 
-    Raises:
-        `InputError`: there is no such measure, it lacks a cutoff or has one that cannot be, or it needs a package that
-            is not installed.
+    Raises `InputError`: there is no such measure, it lacks a cutoff or has one that cannot be, or it needs a package
+        that is not installed.
     """
     measures = {}
     for name in names:
@@ -67,18 +64,13 @@ def evaluate_run(
     `trec_eval -c`. Leaving either out would make means of different systems means over different queries.
 
     Args:
-        qrels (`dict[str, dict[str, int]]`):
-            Query id to document id to grade. A query with an empty dictionary is not judged.
-        run (`dict[str, dict[str, float]]`):
-            Query id to document id to score. Queries without judgments are ignored.
-        measures (`Iterable[str]`, *optional*, defaults to `("nDCG@10", "nDCG@100", "R@100", "RR@10", "AP")`):
-            Names of measures as [`parse_measures`] reads them.
+        qrels: Query id to document id to grade. A query with an empty dictionary is not judged.
+        run: Query id to document id to score. Queries without judgments are ignored.
+        measures: Names of measures as [`parse_measures`] reads them.
 
-    Returns:
-        `tuple`: the means (`{measure: value}`), and the values they are means of (`{query id: {measure: value}}`).
+    Returns: the means (`{measure: value}`), and the values they are means of (`{query id: {measure: value}}`).
 
-    Raises:
-        `InputError`: no query is judged, there is no such measure, or a score is not a finite number.
+    Raises `InputError`: no query is judged, there is no such measure, or a score is not a finite number.
     """
     judged = {query_id: judgments for query_id, judgments in qrels.items() if judgments}
     if not judged:
@@ -106,14 +98,11 @@ def break_ties(run: Run) -> Run:
     becomes the next smaller single-precision number.
 
     Args:
-        run (`dict[str, dict[str, float]]`):
-            Query id to document id to score.
+        run: Query id to document id to score.
 
-    Returns:
-        `dict[str, dict[str, float]]`: the same documents, best first, with distinct single-precision scores.
+    Returns: the same documents, best first, with distinct single-precision scores.
 
-    Raises:
-        `InputError`: a score is not a finite number in single precision.
+    Raises `InputError`: a score is not a finite number in single precision.
     """
     ranked = {}
     for query_id, scores in run.items():

@@ -21,21 +21,16 @@ def compare(values_a: dict[str, float], values_b: dict[str, float], seed: int = 
     Compares two systems by one measure on the same queries.
 
     Args:
-        values_a (`dict[str, float]`):
-            Query id to value of the first system.
-        values_b (`dict[str, float]`):
-            Query id to value of the second system.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the randomisation test, which draws 9,999 of the sign flips when there are more (14 queries on).
+        values_a: Query id to value of the first system.
+        values_b: Query id to value of the second system.
+        seed: Seed of the randomisation test, which draws 9,999 of the sign flips when there are more (14 queries on).
 
-    Returns:
-        `dict`: `mean_difference` (first minus second), its 95 % confidence `interval` (Student's t; not a number for a
-        single query), `effect_size`, two-sided `p_t_test` (paired Student) and `p_randomization` (Fisher; Smucker et al. 2007,
-        https://doi.org/10.1145/1321440.1321528), `wins`, `ties` and `losses` of the first, and `num_queries`. Where no
-        difference can be tested (identical values, a single query) p is 1.
+    Returns: `mean_difference` (first minus second), its 95 % confidence `interval` (Student's t; not a number for a
+        single query), `effect_size`, two-sided `p_t_test` (paired Student) and `p_randomization` (Fisher; Smucker et
+        al. 2007, https://doi.org/10.1145/1321440.1321528), `wins`, `ties` and `losses` of the first, and
+        `num_queries`. Where no difference can be tested (identical values, a single query) p is 1.
 
-    Raises:
-        `InputError`: the queries differ, or there are none.
+    Raises `InputError`: the queries differ, or there are none.
     """
     if values_a.keys() != values_b.keys():
         example = sorted(values_a.keys() ^ values_b.keys())[0]
@@ -51,13 +46,10 @@ def compare_differences(differences: np.ndarray, seed: int = 0) -> list[dict[str
     Tests the differences of many pairs of systems on the same queries, which is faster than pair by pair.
 
     Args:
-        differences (`np.ndarray`):
-            Of shape (queries, pairs).
-        seed (`int`, *optional*, defaults to `0`):
-            As in [`compare`].
+        differences: Of shape (queries, pairs).
+        seed: As in [`compare`].
 
-    Returns:
-        `list[dict]`: for each pair what [`compare`] gives.
+    Returns: for each pair what [`compare`] gives.
     """
     count = len(differences)
     results = []
@@ -97,14 +89,11 @@ def randomization_p_values(differences: np.ndarray, seed: int = 0) -> np.ndarray
     would take five minutes.
 
     Args:
-        differences (`np.ndarray`):
-            Of shape (queries, pairs).
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the draws.
+        differences: Of shape (queries, pairs).
+        seed: Seed of the draws.
 
-    Returns:
-        `np.ndarray`: two-sided p-value of each pair, of shape (pairs,): twice the smaller of the shares of flips whose
-        sum is at least and at most that observed.
+    Returns: two-sided p-value of each pair, of shape (pairs,): twice the smaller of the shares of flips whose sum is
+        at least and at most that observed.
     """
     if len(differences) == 1:
         return np.ones(differences.shape[1])
@@ -125,11 +114,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     Corrects p-values for their number, so that the chance of one false finding or more stays below the level tested.
 
     Args:
-        p_values (`Sequence[float]`):
-            The p-values of the family of tests.
+        p_values: The p-values of the family of tests.
 
-    Returns:
-        `list[float]`: the corrected ones, in the order given.
+    Returns: the corrected ones, in the order given.
 
     Source: Holm 1979, A simple sequentially rejective multiple test procedure, Scand. J. Statist. 6(2), 65-70.
     """
@@ -145,12 +132,9 @@ def effect_size(differences: np.ndarray) -> float:
     Cohen's d_z of paired differences: their mean over their standard deviation.
 
     Args:
-        differences (`np.ndarray`):
-            Of shape (queries,).
+        differences: Of shape (queries,).
 
-    Returns:
-        `float`: 0 where nothing differs, infinite where all queries differ by the same, not a number for a single
-        query.
+    Returns: 0 where nothing differs, infinite where all queries differ by the same, not a number for a single query.
     """
     if len(differences) < 2:
         return math.nan

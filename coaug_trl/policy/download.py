@@ -107,16 +107,12 @@ def policy_folder(name: str | Path, revision: str | None = None) -> str:
     The folder of a policy, which is downloaded if it is on the Hub.
 
     Args:
-        name (`str` or `Path`):
-            Folder or Hub id of a policy or of any other model.
-        revision (`str`, *optional*):
-            Revision on the Hub.
+        name: Folder or Hub id of a policy or of any other model.
+        revision: Revision on the Hub.
 
-    Returns:
-        `str`: the local folder of a policy; any other name as it is.
+    Returns: the local folder of a policy; any other name as it is.
 
-    Raises:
-        `InputError`: The Hub fails while the policy is read.
+    Raises `InputError`: The Hub fails while the policy is read.
     """
     if not is_hub_id(name):
         return str(name)

@@ -52,16 +52,12 @@ def fingerprint(model: str, revision: str | None = None) -> str | None:
     followed by that of its base model, after a plus sign.
 
     Args:
-        model (`str`):
-            Folder or Hub id.
-        revision (`str`, *optional*):
-            Revision on the Hub.
+        model: Folder or Hub id.
+        revision: Revision on the Hub.
 
-    Returns:
-        `str`: the fingerprint; `None` where there are no weights, as beside a server that has them.
+    Returns: the fingerprint; `None` where there are no weights, as beside a server that has them.
 
-    Raises:
-        `InputError`: The Hub cannot be reached.
+    Raises `InputError`: The Hub cannot be reached.
     """
     if Path(model).is_dir():
         known, adapter = folder_hash(model), Path(model) / ADAPTER_FILE

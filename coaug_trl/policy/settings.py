@@ -20,13 +20,10 @@ class GenerationSettings:
     How a policy generates when it is used rather than trained: greedily.
 
     Args:
-        max_new_tokens (`int`, *optional*, defaults to `512`):
-            Longest completion, in tokens.
-        repetition_penalty (`float`, *optional*, defaults to `1.2`):
-            As in training; 1.0 is none.
+        max_new_tokens: Longest completion, in tokens.
+        repetition_penalty: As in training; 1.0 is none.
 
-    Raises:
-        `InputError`: A value that cannot work.
+    Raises `InputError`: A value that cannot work.
     """
 
     max_new_tokens: int = 512
@@ -45,14 +42,10 @@ class PolicySettings:
     The settings a trained policy is used with.
 
     Args:
-        prompt_set ([`~coaug_trl.PromptSet`]):
-            Prompts and composition.
-        generation ([`GenerationSettings`], *optional*):
-            Settings of generation.
-        retriever (`dict`, *optional*):
-            Configuration of the retriever it was trained for; empty for an untrained model.
-        augment (`str`, *optional*, defaults to `"both"`):
-            Side it was trained on: `"both"`, `"query"` or `"document"`.
+        prompt_set: Prompts and composition.
+        generation: Settings of generation.
+        retriever: Configuration of the retriever it was trained for; empty for an untrained model.
+        augment: Side it was trained on: `"both"`, `"query"` or `"document"`.
     """
 
     prompt_set: PromptSet
@@ -82,8 +75,7 @@ class PolicySettings:
         """
         Reads the settings of a model folder; `None` if there are none, as for a model that was not trained here.
 
-        Raises:
-            `InputError`: The files of the folder are damaged or do not belong together.
+        Raises `InputError`: The files of the folder are damaged or do not belong together.
         """
         path = Path(folder) / POLICY_FILE
         if not path.is_file():
@@ -119,21 +111,14 @@ class PolicySettings:
         Refuses settings that are not these. What is left out, or unknown here, is not compared.
 
         Args:
-            said (`str`):
-                What the message begins with.
-            labels (`tuple[str, str]`):
-                What it calls these settings and the others, such as `("the policy", "the index")`.
-            advice (`str`):
-                What it ends with.
-            prompt_set ([`~coaug_trl.PromptSet`], *optional*):
-                The other prompt set.
-            generation (`dict`, *optional*):
-                The other generation settings.
-            retriever (`dict`, *optional*):
-                The other retriever's configuration.
+            said: What the message begins with.
+            labels: What it calls these settings and the others, such as `("the policy", "the index")`.
+            advice: What it ends with.
+            prompt_set: The other prompt set.
+            generation: The other generation settings.
+            retriever: The other retriever's configuration.
 
-        Raises:
-            `InputError`: They differ.
+        Raises `InputError`: They differ.
         """
         names, ours, theirs = [], asdict(self.generation) | self.retriever, (generation or {}) | (retriever or {})
         if retriever and self.retriever:
@@ -172,13 +157,10 @@ def retriever_differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[
     another machine.
 
     Args:
-        theirs (`dict[str, Any]`):
-            A [`~coaug_trl.retrieval.Retriever.config`].
-        ours (`dict[str, Any]`):
-            Another one.
+        theirs: A [`~coaug_trl.retrieval.Retriever.config`].
+        ours: Another one.
 
-    Returns:
-        `list[str]`: names of settings, in the order of the first configuration; empty if they are the same retriever.
+    Returns: names of settings, in the order of the first configuration; empty if they are the same retriever.
     """
     same_encoder = theirs.get("weights") is not None and theirs.get("weights") == ours.get("weights")
     return [

@@ -46,17 +46,13 @@ def model_card(record: RunRecord, repo_id: str) -> ModelCard:
     Writes the card of a trained policy.
 
     Args:
-        record ([`~coaug_trl.publishing.record.RunRecord`]):
-            Its run, with the evaluations to state.
-        repo_id (`str`):
-            Where it is published, `user/name`.
+        record: Its run, with the evaluations to state.
+        repo_id: Where it is published, `user/name`.
 
-    Returns:
-        [`~huggingface_hub.ModelCard`]: with the means of the policy as `model-index`. It shows the picture
-        `reward.png` if [`draw_curves`] can draw one.
+    Returns: with the means of the policy as `model-index`. It shows the picture `reward.png` if [`draw_curves`] can
+        draw one.
 
-    Raises:
-        `InputError`: Evaluations of the run cannot be compared.
+    Raises `InputError`: Evaluations of the run cannot be compared.
     """
     settings, training = record.settings, record.training
     results = find_results(record, of_others=False)
@@ -108,13 +104,10 @@ def draw_curves(record: RunRecord, path: str | Path) -> bool:
     Draws the reward of the rollouts, by text type where that makes a difference, and nDCG on the dev split.
 
     Args:
-        record ([`~coaug_trl.publishing.record.RunRecord`]):
-            The run.
-        path (`str` or `Path`):
-            The PNG file to write.
+        record: The run.
+        path: The PNG file to write.
 
-    Returns:
-        `bool`: whether it was drawn: matplotlib is installed, and something was logged.
+    Returns: whether it was drawn: matplotlib is installed, and something was logged.
     """
     if not _can_draw(record):
         return False
@@ -308,15 +301,11 @@ def augmentations_card(manifest: dict[str, Any], repo_id: str, with_texts: bool)
     Writes the card of augmentations that are published as a dataset.
 
     Args:
-        manifest (`dict[str, Any]`):
-            `manifest.json` of the augmentations.
-        repo_id (`str`):
-            Where they are published, `user/name`.
-        with_texts (`bool`):
-            Whether the texts that are augmented are published with them.
+        manifest: `manifest.json` of the augmentations.
+        repo_id: Where they are published, `user/name`.
+        with_texts: Whether the texts that are augmented are published with them.
 
-    Returns:
-        [`~huggingface_hub.DatasetCard`]: with a configuration for each side, of the Parquet files in its folder.
+    Returns: with a configuration for each side, of the Parquet files in its folder.
     """
     sides, collection, retriever = manifest["sides"], manifest["collection"], manifest["retriever"]
     names = [SIDE_NAMES[side] for side in sides]
@@ -351,13 +340,10 @@ def index_card(manifest: dict[str, Any], repo_id: str) -> ModelCard:
     Writes the card of an index.
 
     Args:
-        manifest (`dict[str, Any]`):
-            `manifest.json` of the index.
-        repo_id (`str`):
-            Where it is published, `user/name`.
+        manifest: `manifest.json` of the index.
+        repo_id: Where it is published, `user/name`.
 
-    Returns:
-        [`~huggingface_hub.ModelCard`]: the card.
+    Returns: the card.
     """
     collection, retriever, augmentations = (manifest[name] for name in ("collection", "retriever", "augmentations"))
     bm25 = retriever["retriever"] == "bm25"

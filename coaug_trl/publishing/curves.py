@@ -49,15 +49,11 @@ def training_curves(record: RunRecord, folder: Path, source: tuple[str, ...]) ->
     Draws what was logged.
 
     Args:
-        record ([`~coaug_trl.publishing.record.RunRecord`]):
-            The run, or the checkpoint to report of one that was interrupted.
-        folder (`Path`):
-            The run's folder.
-        source (`tuple[str, ...]`):
-            The file it was logged in, as the report names it.
+        record: The run, or the checkpoint to report of one that was interrupted.
+        folder: The run's folder.
+        source: The file it was logged in, as the report names it.
 
-    Returns:
-        `list[Block]`: the figures, or a hint why there are none.
+    Returns: the figures, or a hint why there are none.
     """
     k = record.training.get("arguments", {}).get("ndcg_k", 10)
     figures = [_dev_figure(record, folder, source)]

@@ -35,19 +35,13 @@ class Results:
     Evaluations that can be compared.
 
     Args:
-        group (`list[Evaluated]`):
-            The evaluations, that of the policy last.
-        measure (`str`):
-            What the main result is told by.
-        comparison ([`~coaug_trl.evaluation.comparison.Comparison`], *optional*):
-            Of all of them, if there are two or more.
-        contrasts (`list[Contrast]`):
-            The policy against retrieval without augmentation and against the best other system, as far as they are
-            there.
-        seen (`str`, *optional*):
-            What the run has learnt of the queries, `"trained"` or `"chosen"`; then the values are no result.
-        notes (`list[str]`):
-            What was left out.
+        group: The evaluations, that of the policy last.
+        measure: What the main result is told by.
+        comparison: Of all of them, if there are two or more.
+        contrasts: The policy against retrieval without augmentation and against the best other system, as far as they
+            are there.
+        seen: What the run has learnt of the queries, `"trained"` or `"chosen"`; then the values are no result.
+        notes: What was left out.
     """
 
     group: list[Evaluated]
@@ -77,16 +71,12 @@ def find_results(record: RunRecord, of_others: bool = True) -> list[Results]:
     Compares what can be compared.
 
     Args:
-        record ([`~coaug_trl.publishing.record.RunRecord`]):
-            The run.
-        of_others (`bool`, *optional*, defaults to `True`):
-            Whether to compare evaluations, too, among which there is none of the policy.
+        record: The run.
+        of_others: Whether to compare evaluations, too, among which there is none of the policy.
 
-    Returns:
-        `list[Results]`: one for each collection and split, in the order of [`RunRecord.comparable`].
+    Returns: one for each collection and split, in the order of [`RunRecord.comparable`].
 
-    Raises:
-        `InputError`: Evaluations of the run cannot be compared.
+    Raises `InputError`: Evaluations of the run cannot be compared.
     """
     return [_results(record, group, of_others) for group in record.comparable]
 
@@ -145,12 +135,10 @@ def describe_training(record: RunRecord) -> dict[str, str]:
     The figures of a training, written out, as far as they are known.
 
     Args:
-        record ([`~coaug_trl.publishing.record.RunRecord`]):
-            The run.
+        record: The run.
 
-    Returns:
-        `dict[str, str]`: `documents`, `queries` and `judgments` it trained on, `processes`, `completions`; of what was
-        logged `steps`, `epochs`, `tokens`, the time of all steps as `seconds`, and the last `reward`.
+    Returns: `documents`, `queries` and `judgments` it trained on, `processes`, `completions`; of what was logged
+        `steps`, `epochs`, `tokens`, the time of all steps as `seconds`, and the last `reward`.
     """
     training, last = record.training, record.last
     counts = {

@@ -135,20 +135,13 @@ class Report:
     A report, ready to be written.
 
     Args:
-        title (`str`):
-            Its heading.
-        subtitle (`str`):
-            Which run it is about.
-        headline (`list[str]`):
-            The main result in a few sentences.
-        bars (`Bars` or `None`):
-            Its values.
-        hints (`list[Hint]`):
-            What the main result lacks.
-        sections (`list[Section]`):
-            The rest.
-        notes (`list[str]`):
-            What was left out.
+        title: Its heading.
+        subtitle: Which run it is about.
+        headline: The main result in a few sentences.
+        bars: Its values.
+        hints: What the main result lacks.
+        sections: The rest.
+        notes: What was left out.
     """
 
     title: str
@@ -168,13 +161,10 @@ def save_report(report: Report, folder: str | Path) -> list[Path]:
     Writes a report as `report.html` and `report.md`.
 
     Args:
-        report ([`Report`]):
-            The report.
-        folder (`str` or `Path`):
-            Where to; made if it is not there.
+        report: The report.
+        folder: Where to; made if it is not there.
 
-    Returns:
-        `list[Path]`: the two files.
+    Returns: the two files.
     """
     paths = [Path(folder) / HTML_FILE, Path(folder) / MARKDOWN_FILE]
     for path, content in zip(paths, (render_html(report), render_markdown(report)), strict=True):

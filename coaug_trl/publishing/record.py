@@ -28,12 +28,9 @@ class Evaluated:
     An evaluation folder and what was evaluated there.
 
     Args:
-        folder (`Path`):
-            The folder.
-        evaluation ([`~coaug_trl.evaluation.folder.Evaluation`]):
-            Its content.
-        system (`str`):
-            `"policy"` for texts augmented by this run's policy, `"none"` for texts as they are, `"other"`.
+        folder: The folder.
+        evaluation: Its content.
+        system: `"policy"` for texts augmented by this run's policy, `"none"` for texts as they are, `"other"`.
     """
 
     folder: Path
@@ -59,21 +56,16 @@ class RunRecord:
     A run's folder, read.
 
     Args:
-        folder (`Path`):
-            The folder: `output_dir` of the training.
-        settings ([`~coaug_trl.policy.settings.PolicySettings`]):
-            Prompts, generation settings, retriever, sides.
-        training (`dict[str, Any]`):
-            Content of `training.json`: what was trained on and with which arguments; empty for a run of version 0.1.0.
-        history (`list[dict[str, Any]]`):
-            What the trainer logged, in order, each with its `step`; empty if the folder has no `trainer_state.json`.
-        evaluations (`list[Evaluated]`):
-            Evaluations found: those without augmentation first, those of this policy last, and of these last what it
-            was trained for: with its retriever and all its sides.
-        identity (`dict[str, Any]`, *optional*):
-            What augmentations of this policy have in their manifest: `revision` and `prompt_hash`.
-        best_step (`int`, *optional*):
-            Step of the best checkpoint, if the trainer kept account of it.
+        folder: The folder: `output_dir` of the training.
+        settings: Prompts, generation settings, retriever, sides.
+        training: Content of `training.json`: what was trained on and with which arguments; empty for a run of version
+            0.1.0.
+        history: What the trainer logged, in order, each with its `step`; empty if the folder has no
+            `trainer_state.json`.
+        evaluations: Evaluations found: those without augmentation first, those of this policy last, and of these last
+            what it was trained for: with its retriever and all its sides.
+        identity: What augmentations of this policy have in their manifest: `revision` and `prompt_hash`.
+        best_step: Step of the best checkpoint, if the trainer kept account of it.
     """
 
     folder: Path
@@ -161,17 +153,13 @@ def load_record(folder: str | Path, evaluations: Iterable[str | Path] = ()) -> R
     Reads a run's folder, and the evaluations beneath it.
 
     Args:
-        folder (`str` or `Path`):
-            `output_dir` of a training.
-        evaluations (`Iterable[str | Path]`, *optional*):
-            Further evaluation folders, or folders of them, such as those that `coaug baselines` makes.
+        folder: `output_dir` of a training.
+        evaluations: Further evaluation folders, or folders of them, such as those that `coaug baselines` makes.
 
-    Returns:
-        [`RunRecord`]: what was found.
+    Returns: what was found.
 
-    Raises:
-        `InputError`: The folder holds no trained policy, or a file is damaged, or there is no evaluation in a folder
-            that was given for its evaluations.
+    Raises `InputError`: The folder holds no trained policy, or a file is damaged, or there is no evaluation in a
+        folder that was given for its evaluations.
     """
     folder = Path(folder)
     settings = PolicySettings.load(folder) if folder.is_dir() else None
@@ -274,10 +262,8 @@ class Run:
     A run to be reported, and names of files relative to its folder.
 
     Args:
-        folder (`Path`):
-            `output_dir` of a training. Of one that was interrupted, the last whole checkpoint is read.
-        evaluations (`Iterable[str | Path]`):
-            As in [`load_record`].
+        folder: `output_dir` of a training. Of one that was interrupted, the last whole checkpoint is read.
+        evaluations: As in [`load_record`].
     """
 
     def __init__(self, folder: Path, evaluations: Iterable[str | Path]):

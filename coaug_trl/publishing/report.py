@@ -59,22 +59,16 @@ def make_report(
     Puts the report of a run together.
 
     Args:
-        run_folder (`str` or `Path`):
-            `output_dir` of a training. Of one that was interrupted, the last whole checkpoint is reported.
-        evaluations (`Iterable[str | Path]`, *optional*):
-            Evaluation folders, or folders of them, besides those beneath the run's.
-        augmentations (`Iterable[str | Path]`, *optional*):
-            Folders of augmentations, or folders of them, besides those beneath the run's.
-        collection (`str`, *optional*):
-            Where to read the collection for the words of queries and documents; defaults to its name, which is enough
-            for a Hub id, `irds:NAME` and `vocabulary-gap` but not for a folder.
+        run_folder: `output_dir` of a training. Of one that was interrupted, the last whole checkpoint is reported.
+        evaluations: Evaluation folders, or folders of them, besides those beneath the run's.
+        augmentations: Folders of augmentations, or folders of them, besides those beneath the run's.
+        collection: Where to read the collection for the words of queries and documents; defaults to its name, which is
+            enough for a Hub id, `irds:NAME` and `vocabulary-gap` but not for a folder.
 
-    Returns:
-        [`Report`]: to be written by [`save_report`].
+    Returns: to be written by [`save_report`].
 
-    Raises:
-        `InputError`: The folder holds no trained policy, a file is damaged, there is nothing in a folder that was
-            given, or matplotlib is not installed.
+    Raises `InputError`: The folder holds no trained policy, a file is damaged, there is nothing in a folder that was
+        given, or matplotlib is not installed.
     """
     import_figure('pip install ".[report]"')
     run = Run(Path(run_folder), evaluations)

@@ -64,22 +64,16 @@ def write_space(
     It installs the version of the package that wrote it, so that a Space searches with the code that indexed.
 
     Args:
-        folder (`str` or `Path`):
-            The folder: `app.py`, `requirements.txt`, `README.md` with the settings of the Space, `index/`, `model/`
-            and, if there are any, judged queries. A Space that was written there is replaced.
-        index (`str` or `Path`):
-            Index to search: a folder, which is copied, or a Hub id, which the Space loads.
-        model (`str`, *optional*):
-            Policy that augments the queries, likewise.
-        judged ([`~coaug_trl.serving.judged.JudgedQueries`], *optional*):
-            Queries whose relevant documents are marked.
+        folder: The folder: `app.py`, `requirements.txt`, `README.md` with the settings of the Space, `index/`,
+            `model/` and, if there are any, judged queries. A Space that was written there is replaced.
+        index: Index to search: a folder, which is copied, or a Hub id, which the Space loads.
+        model: Policy that augments the queries, likewise.
+        judged: Queries whose relevant documents are marked.
 
-    Returns:
-        `list[Path]`: the files of the Space.
+    Returns: the files of the Space.
 
-    Raises:
-        `InputError`: The folder holds something else, the index cannot be searched with the model, or they need what
-            does not come along: another folder of this machine, or weights that are not safetensors.
+    Raises `InputError`: The folder holds something else, the index cannot be searched with the model, or they need
+        what does not come along: another folder of this machine, or weights that are not safetensors.
     """
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()) and not _is_space(folder):

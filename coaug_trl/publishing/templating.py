@@ -16,13 +16,10 @@ def render(name: str, **content: Any) -> str:
     Fills a template.
 
     Args:
-        name (`str`):
-            Of a file in `templates`. All text in one of HTML is escaped; one of Markdown has filters that do so.
-        content (`Any`):
-            What the template names.
+        name: Of a file in `templates`. All text in one of HTML is escaped; one of Markdown has filters that do so.
+        content: What the template names.
 
-    Returns:
-        `str`: the page or the card.
+    Returns: the page or the card.
     """
     environment = Environment(
         loader=PackageLoader(__package__),

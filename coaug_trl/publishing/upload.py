@@ -85,14 +85,10 @@ class Upload:
     What goes into a repository.
 
     Args:
-        repo_type (`str`):
-            `"model"`, `"dataset"` or `"space"`.
-        files (`dict[str, Path | bytes]`):
-            By their path in the repository: a file, or the content of one.
-        card (`RepoCard`, *optional*):
-            The page of the repository; `None` for files that have their own.
-        notes (`list[str]`, *optional*):
-            What its user should know beforehand, a line each.
+        repo_type: `"model"`, `"dataset"` or `"space"`.
+        files: By their path in the repository: a file, or the content of one.
+        card: The page of the repository; `None` for files that have their own.
+        notes: What its user should know beforehand, a line each.
     """
 
     repo_type: str
@@ -129,22 +125,15 @@ def prepare(
     What a folder is on the Hub: a run, augmentations or an index, as its content says. Reads only.
 
     Args:
-        folder (`str` or `Path`):
-            `output_dir` of a training, or a folder made by `coaug augment` or `coaug index`.
-        repo_id (`str`):
-            `USER/NAME`, for the card.
-        evaluations (`Iterable[str | Path]`, *optional*):
-            Of a run: evaluation folders that are not beneath it.
-        collection (`str`, *optional*):
-            Of augmentations: the collection they belong to, whose texts then go out with them.
-        split (`str`, *optional*, defaults to `"test"`):
-            Its split.
+        folder: `output_dir` of a training, or a folder made by `coaug augment` or `coaug index`.
+        repo_id: `USER/NAME`, for the card.
+        evaluations: Of a run: evaluation folders that are not beneath it.
+        collection: Of augmentations: the collection they belong to, whose texts then go out with them.
+        split: Its split.
 
-    Returns:
-        [`Upload`]: for [`push`].
+    Returns: for [`push`].
 
-    Raises:
-        `InputError`: There is nothing that could be pushed, or it is not finished.
+    Raises `InputError`: There is nothing that could be pushed, or it is not finished.
     """
     folder = Path(folder)
     check_repo_id(repo_id)
@@ -182,20 +171,14 @@ def prepare_run(
     A trained policy: model or adapter, tokenizer, prompts, retriever, training, evaluations, card and curves.
 
     Args:
-        folder (`str` or `Path`):
-            `output_dir` of the training, or a checkpoint in it.
-        repo_id (`str`):
-            As in [`prepare`].
-        evaluations (`Iterable[str | Path]`, *optional*):
-            Likewise.
-        tags (`Iterable[str]`, *optional*):
-            Further tags of the card.
+        folder: `output_dir` of the training, or a checkpoint in it.
+        repo_id: As in [`prepare`].
+        evaluations: Likewise.
+        tags: Further tags of the card.
 
-    Returns:
-        [`Upload`]: to a model repository.
+    Returns: to a model repository.
 
-    Raises:
-        `InputError`: There are no weights, or not all of them, or a file is damaged.
+    Raises `InputError`: There are no weights, or not all of them, or a file is damaged.
     """
     folder, evaluations = Path(folder), [Path(path) for path in evaluations]
     record = load_record(folder, evaluations)
@@ -242,12 +225,9 @@ def write_run_card(trainer: "CoAugTrainer", name: str | None = None, tags: Itera
     [`~coaug_trl.CoAugTrainer`].
 
     Args:
-        trainer ([`~coaug_trl.CoAugTrainer`]):
-            The run.
-        name (`str`, *optional*):
-            The model's name, where the trainer has no `hub_model_id`.
-        tags (`Iterable[str]`, *optional*):
-            Further tags.
+        trainer: The run.
+        name: The model's name, where the trainer has no `hub_model_id`.
+        tags: Further tags.
     """
     folder = Path(trainer.args.output_dir)
     record = RunRecord(folder, trainer.settings, trainer.training, trainer.state.log_history, [])
@@ -415,8 +395,7 @@ def reserve(repo_id: str, private: bool | None, token: str | None = None) -> Non
     """
     Makes a repository that a training will be pushed to when it has ended.
 
-    Raises:
-        `InputError`: Nothing could be pushed to it, or it is to be private and others can see it.
+    Raises `InputError`: Nothing could be pushed to it, or it is to be private and others can see it.
     """
     check_access(token)
     with explained(repo_id):
@@ -438,25 +417,17 @@ def push(
     makes a commit of its own for each configuration.
 
     Args:
-        upload ([`Upload`]):
-            What [`prepare`] returned.
-        repo_id (`str`):
-            `USER/NAME`; made if it is not there.
-        private (`bool`, *optional*):
-            Whether others may not see it; the namespace decides by default.
-        revision (`str`, *optional*):
-            Branch, made if it is not there; defaults to the main one.
-        commit_message (`str`, *optional*, defaults to `"Upload by coaug push"`):
-            As git shows it.
-        token (`str`, *optional*):
-            Of the Hub; defaults to that of `hf auth login` or `HF_TOKEN`.
+        upload: What [`prepare`] returned.
+        repo_id: `USER/NAME`; made if it is not there.
+        private: Whether others may not see it; the namespace decides by default.
+        revision: Branch, made if it is not there; defaults to the main one.
+        commit_message: As git shows it.
+        token: Of the Hub; defaults to that of `hf auth login` or `HF_TOKEN`.
 
-    Returns:
-        `CommitInfo`: with `repo_url` and `commit_url`.
+    Returns: with `repo_url` and `commit_url`.
 
-    Raises:
-        `InputError`: There is no token, the repository is not the user's, or is public where `private` is asked for, or
-            holds something else, or the Hub cannot be reached.
+    Raises `InputError`: There is no token, the repository is not the user's, or is public where `private` is asked
+        for, or holds something else, or the Hub cannot be reached.
     """
     check_repo_id(repo_id)
     check_access(token)

@@ -28,11 +28,9 @@ class Analyzer:
     left out, Porter stems. For another language its Snowball stemmer, and its stop words where bm25s has them.
 
     Args:
-        language (`str`, *optional*, defaults to `"english"`):
-            Name of a Snowball stemmer.
+        language: Name of a Snowball stemmer.
 
-    Raises:
-        `InputError`: There is no such stemmer.
+    Raises `InputError`: There is no such stemmer.
     """
 
     def __init__(self, language: str = "english"):

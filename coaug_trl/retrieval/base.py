@@ -238,23 +238,16 @@ def retrieve(retriever: Retriever, queries: dict[str, str], k: int = 1000, ignor
     Searches for every query.
 
     Args:
-        retriever ([`~coaug_trl.retrieval.base.Retriever`]):
-            With an index.
-        queries (`dict[str, str]`):
-            Texts to search for, by query id.
-        k (`int`, *optional*, defaults to `1000`):
-            The most hits a query gets.
-        ignore_identical_ids (`bool`, *optional*, defaults to `False`):
-            Whether to leave out a hit with the id of the query, and take the next one instead. For collections whose
-            queries are documents of the corpus, such as ArguAna and Quora, where each would find itself first; BEIR's
-            own evaluation does the same.
+        retriever: With an index.
+        queries: Texts to search for, by query id.
+        k: The most hits a query gets.
+        ignore_identical_ids: Whether to leave out a hit with the id of the query, and take the next one instead. For
+            collections whose queries are documents of the corpus, such as ArguAna and Quora, where each would find
+            itself first; BEIR's own evaluation does the same.
 
-    Returns:
-        `dict[str, dict[str, float]]`: query id to document id to score, best first. A query that finds nothing has an
-        empty dictionary.
+    Returns: query id to document id to score, best first. A query that finds nothing has an empty dictionary.
 
-    Raises:
-        `InputError`: `k` is less than 1.
+    Raises `InputError`: `k` is less than 1.
     """
     check_depth(k)
     run = {}

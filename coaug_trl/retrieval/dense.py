@@ -49,11 +49,9 @@ class Embeddings:
     Documents as a dense retriever reads them.
 
     Args:
-        vectors (`np.ndarray` of shape `(texts, dimension)`):
-            Normalised embeddings of the different texts, float32. Equal texts share one, so that a matrix product
-            cannot round their scores apart.
-        rows (`np.ndarray` of shape `(documents,)`):
-            The row of each document.
+        vectors, of shape `(texts, dimension)`: Normalised embeddings of the different texts, float32. Equal texts
+            share one, so that a matrix product cannot round their scores apart.
+        rows, of shape `(documents,)`: The row of each document.
     """
 
     vectors: np.ndarray
@@ -399,8 +397,7 @@ class EmbeddingCache:
     name is made of the keys: processes that write at the same time write the same files or different ones.
 
     Args:
-        folder (`str` or `Path`):
-            The folder, made if it is not there; one for any number of models.
+        folder: The folder, made if it is not there; one for any number of models.
     """
 
     def __init__(self, folder: str | Path):

@@ -29,19 +29,13 @@ class RM3:
     search scores each field with the expanded query and combines them as the first does.
 
     Args:
-        retriever ([`~coaug_trl.BM25Retriever`]):
-            With an index of `documents` when [`search`] is called.
-        documents (`list[Document]`):
-            The indexed documents.
-        feedback_documents (`int`, *optional*, defaults to `10`):
-            First hits that the terms are taken from.
-        feedback_terms (`int`, *optional*, defaults to `10`):
-            Terms that are added.
-        original_weight (`float`, *optional*, defaults to `0.5`):
-            Weight of the query as it was, from 0 to 1.
+        retriever: With an index of `documents` when [`search`] is called.
+        documents: The indexed documents.
+        feedback_documents: First hits that the terms are taken from.
+        feedback_terms: Terms that are added.
+        original_weight: Weight of the query as it was, from 0 to 1.
 
-    Raises:
-        `InputError`: a setting out of its range.
+    Raises `InputError`: a setting out of its range.
 
     Sources: Lavrenko and Croft 2001 (https://doi.org/10.1145/383952.383972) for the relevance model, Abdul-Jaleel et
     al. 2004 (UMass at TREC 2004) for the mixture.
@@ -80,14 +74,10 @@ class RM3:
         Searches with expanded queries.
 
         Args:
-            queries (`list[str]`):
-                Query texts.
-            k (`int`, *optional*, defaults to `10`):
-                The most hits a query gets.
+            queries: Query texts.
+            k: The most hits a query gets.
 
-        Returns:
-            `list[list[tuple[str, float]]]`: as [`BM25Retriever.search`]. A query that finds nothing the first time
-            has no hits.
+        Returns: as [`BM25Retriever.search`]. A query that finds nothing the first time has no hits.
         """
         check_depth(k)  # rather now than after the first search
         return self.retriever.search_terms(self.expand(queries), k)
@@ -97,12 +87,10 @@ class RM3:
         Weighs the terms of expanded queries.
 
         Args:
-            queries (`list[str]`):
-                Query texts.
+            queries: Query texts.
 
-        Returns:
-            `list[dict[str, float]]`: for each query term to weight; the weights sum to the number of the query's
-            words. A query without hits, or whose hits have no word to add, has the counts of its own words.
+        Returns: for each query term to weight; the weights sum to the number of the query's words. A query without
+            hits, or whose hits have no word to add, has the counts of its own words.
         """
         found = self.retriever.search(queries, self.feedback_documents)
         wanted = {document_id for hits in found for document_id, _ in hits}

@@ -24,16 +24,11 @@ class FieldStatistics:
     What BM25 knows of a corpus, for one field.
 
     Args:
-        num_documents (`int`):
-            Documents of the corpus.
-        average_length (`float`):
-            Mean number of terms in a document.
-        document_frequencies (`dict[str, int]`):
-            How many documents have a term.
-        added_shares (`dict[str, float]`, *optional*):
-            Share of the documents that have a term by augmentation alone, as estimated by [`follow`].
-        added_length (`float`, *optional*, defaults to `0.0`):
-            Mean number of terms that augmentation adds, likewise.
+        num_documents: Documents of the corpus.
+        average_length: Mean number of terms in a document.
+        document_frequencies: How many documents have a term.
+        added_shares: Share of the documents that have a term by augmentation alone, as estimated by [`follow`].
+        added_length: Mean number of terms that augmentation adds, likewise.
     """
 
     num_documents: int
@@ -95,10 +90,8 @@ class FieldCounts:
     How often each term occurs in each document, for one field.
 
     Args:
-        vocabulary (`dict[str, int]`):
-            Column of each term.
-        counts (`sparse.csr_array` of shape `(documents, terms)`):
-            The counts.
+        vocabulary: Column of each term.
+        counts, of shape `(documents, terms)`: The counts.
     """
 
     vocabulary: dict[str, int]

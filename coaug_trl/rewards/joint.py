@@ -41,17 +41,12 @@ class JointReward:
     of processes. Documents are encoded by the process that generated them, once a generation batch.
 
     Args:
-        collection ([`~coaug_trl.Collection`]):
-            Texts and judgments.
-        retriever ([`~coaug_trl.retrieval.Retriever`]):
-            Scores queries against documents, with statistics that are fixed within a batch.
-        prompt_set ([`~coaug_trl.PromptSet`]):
-            Composes texts and answers.
-        args ([`RewardSettings`]):
-            `augment`, `candidate_pool`, `reward_estimator`, `num_reward_samples`, `relevant_weight`, `ndcg_k`, `seed`,
-            `ignore_identical_ids`, `bm25_statistics`.
-        corpus ([`Corpus`], *optional*):
-            All documents, for `candidate_pool="corpus"`.
+        collection: Texts and judgments.
+        retriever: Scores queries against documents, with statistics that are fixed within a batch.
+        prompt_set: Composes texts and answers.
+        args: `augment`, `candidate_pool`, `reward_estimator`, `num_reward_samples`, `relevant_weight`, `ndcg_k`,
+            `seed`, `ignore_identical_ids`, `bm25_statistics`.
+        corpus: All documents, for `candidate_pool="corpus"`.
     """
 
     __name__ = "joint_ndcg"
@@ -85,20 +80,15 @@ class JointReward:
         Scores the completions of this process.
 
         Args:
-            completions (`list`):
-                Strings or messages, in groups, the rollouts of a text together.
-            group, text_type, text_id (`list`):
-                For each completion its group, `"query"`, `"relevant"` or `"irrelevant"`, and its text's id.
-            trainer_state ([`~transformers.TrainerState`]):
-                Its `global_step` seeds the order of the pool and the sampled draws.
-            log_extra (`Callable`):
-                Takes columns of the completions table.
+            completions: Strings or messages, in groups, the rollouts of a text together.
+            group, text_type, text_id: For each completion its group, `"query"`, `"relevant"` or `"irrelevant"`, and
+                its text's id.
+            trainer_state: Its `global_step` seeds the order of the pool and the sampled draws.
+            log_extra: Takes columns of the completions table.
 
-        Returns:
-            `list[float]`: a reward between 0 and 1 for each completion.
+        Returns: a reward between 0 and 1 for each completion.
 
-        Raises:
-            `RuntimeError`: On every process, when the reward failed on one, naming process and batch.
+        Raises `RuntimeError`: On every process, when the reward failed on one, naming process and batch.
         """
         texts = [
             completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions

@@ -307,22 +307,15 @@ def sum_document_rewards(
     Sums behind the document rewards. Those of processes that hold different rows add up to those of the whole.
 
     Args:
-        conditional (`np.ndarray` of shape `(R, C)`):
-            Conditional values, from [`exact_ndcg`] or [`sampled_ndcg`].
-        rollout_document (`np.ndarray` of shape `(C,)`):
-            Document of each column.
-        relevance (`np.ndarray` of shape `(R, D)`):
-            Gains of the query of each row.
-        relevant_weight (`float`, *optional*, defaults to `0.0`):
-            A row weighs `1 + relevant_weight * relevance` in the reward of a document, or 0 if its query has no
-            relevant document.
+        conditional, of shape `(R, C)`: Conditional values, from [`exact_ndcg`] or [`sampled_ndcg`].
+        rollout_document, of shape `(C,)`: Document of each column.
+        relevance, of shape `(R, D)`: Gains of the query of each row.
+        relevant_weight: A row weighs `1 + relevant_weight * relevance` in the reward of a document, or 0 if its query
+            has no relevant document.
 
-    Returns:
-        `tuple[np.ndarray, np.ndarray]`: weighted sums of shape `(C,)` and sums of the weights of shape `(D,)`, for
-        [`divide_document_rewards`].
+    Returns: weighted sums of shape `(C,)` and sums of the weights of shape `(D,)`, for [`divide_document_rewards`].
 
-    Raises:
-        `ValueError`: If `relevant_weight` is negative or not finite.
+    Raises `ValueError`: If `relevant_weight` is negative or not finite.
     """
     if not 0 <= relevant_weight < np.inf:
         raise ValueError(f"relevant_weight is {relevant_weight}; it must be finite and not negative, such as 10.0.")
@@ -336,15 +329,11 @@ def divide_document_rewards(numerator: np.ndarray, weight: np.ndarray, rollout_d
     Document rewards from the sums of [`sum_document_rewards`], added over processes.
 
     Args:
-        numerator (`np.ndarray` of shape `(C,)`):
-            Weighted sums.
-        weight (`np.ndarray` of shape `(D,)`):
-            Sums of the weights.
-        rollout_document (`np.ndarray` of shape `(C,)`):
-            Document of each column.
+        numerator, of shape `(C,)`: Weighted sums.
+        weight, of shape `(D,)`: Sums of the weights.
+        rollout_document, of shape `(C,)`: Document of each column.
 
-    Returns:
-        `np.ndarray` of shape `(C,)`: the reward of each document rollout; 0 where no row weighs the document.
+    Returns: shape `(C,)`, the reward of each document rollout; 0 where no row weighs the document.
     """
     weight = weight[rollout_document]
     return np.divide(numerator, weight, out=np.zeros(len(numerator)), where=weight > 0)

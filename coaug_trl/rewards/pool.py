@@ -22,18 +22,12 @@ class Rollouts:
     The composed texts of some groups. Texts that are not augmented have one rollout.
 
     Args:
-        rows (`list[tuple[int, str, int]]`):
-            Group position, query id and rollout of each query rollout.
-        queries (`list[str]`):
-            Their texts.
-        columns (`list[tuple[int, str, int]]`):
-            Group position, document id and rollout of each document rollout.
-        documents ([`~coaug_trl.retrieval.base.EncodedDocuments`]):
-            The document rollouts as the retriever reads them.
-        originals ([`~coaug_trl.retrieval.base.EncodedDocuments`], *optional*):
-            The documents without augmentation, each once, where the retriever's statistics follow the rollouts.
-        original_ids (`list[str]`, *optional*):
-            Their ids.
+        rows: Group position, query id and rollout of each query rollout.
+        queries: Their texts.
+        columns: Group position, document id and rollout of each document rollout.
+        documents: The document rollouts as the retriever reads them.
+        originals: The documents without augmentation, each once, where the retriever's statistics follow the rollouts.
+        original_ids: Their ids.
     """
 
     rows: list[tuple[int, str, int]]
@@ -50,14 +44,10 @@ class Pool:
     The documents that compete, each once, in an order that knows nothing of relevance.
 
     Args:
-        document_ids (`list[str]`):
-            Ids of the `D` documents.
-        columns (`list[tuple[int, str, int]]`):
-            The `C` document rollouts, those of a document together.
-        rollout_document (`np.ndarray` of shape `(C,)`):
-            Index of each column's document.
-        places (`np.ndarray` of shape `(C,)`):
-            Where each column stands among the rollouts that were merged.
+        document_ids: Ids of the `D` documents.
+        columns: The `C` document rollouts, those of a document together.
+        rollout_document, of shape `(C,)`: Index of each column's document.
+        places, of shape `(C,)`: Where each column stands among the rollouts that were merged.
     """
 
     document_ids: list[str]
@@ -90,12 +80,9 @@ class Corpus:
     Every process encodes its share of the documents.
 
     Args:
-        documents (`list[Document]`):
-            The documents.
-        retriever ([`~coaug_trl.retrieval.Retriever`]):
-            Encodes them.
-        seed (`int`):
-            Seed of the order.
+        documents: The documents.
+        retriever: Encodes them.
+        seed: Seed of the order.
     """
 
     def __init__(self, documents: list[Document], retriever: Retriever, seed: int):

@@ -24,15 +24,13 @@ def fail_together(reward: Any) -> Any:
     Makes a reward function that fails on one process fail on all, since the others would wait for its rewards forever.
 
     Args:
-        reward (`RewardFunc`):
-            Reward as TRL takes it. Only synchronous functions are wrapped: TRL runs asynchronous ones concurrently, so
-            that processes could not exchange in one order which of them failed, and reward models itself.
+        reward: Reward as TRL takes it. Only synchronous functions are wrapped: TRL runs asynchronous ones
+            concurrently, so that processes could not exchange in one order which of them failed, and reward models
+            itself.
 
-    Returns:
-        `RewardFunc`: the same reward under the same name, with an error that names process and batch.
+    Returns: the same reward under the same name, with an error that names process and batch.
 
-    Raises:
-        `InputError`: The reward is asynchronous and there are several processes.
+    Raises `InputError`: The reward is asynchronous and there are several processes.
     """
     if is_async_callable(reward) and PartialState().num_processes > 1:
         raise InputError(

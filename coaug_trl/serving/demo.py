@@ -40,18 +40,12 @@ class Ranking(NamedTuple):
     What one side found.
 
     Args:
-        title (`str`):
-            Its heading.
-        searched (`str`):
-            What was searched for in what.
-        text (`str`):
-            What was searched for.
-        retriever ([`~coaug_trl.retrieval.Retriever`]):
-            Where.
-        hits (`list[tuple[str, float]]`):
-            Document ids and scores, best first.
-        seconds (`dict[str, float]`):
-            How long its parts took.
+        title: Its heading.
+        searched: What was searched for in what.
+        text: What was searched for.
+        retriever: Where.
+        hits: Document ids and scores, best first.
+        seconds: How long its parts took.
     """
 
     title: str
@@ -67,12 +61,9 @@ class Part(NamedTuple):
     What changes on the page; `None` is what stays as it is.
 
     Args:
-        augmentation (`str` or `None`):
-            HTML of what the model adds.
-        results (`str` or `None`):
-            HTML of both sides.
-        status (`str` or `None`):
-            A sentence for those who hear the page.
+        augmentation: HTML of what the model adds.
+        results: HTML of both sides.
+        status: A sentence for those who hear the page.
     """
 
     augmentation: str | None
@@ -89,15 +80,11 @@ class Demo:
     lets in and limits its visitors.
 
     Args:
-        index ([`~coaug_trl.serving.index.SearchIndex`]):
-            The index.
-        augmenter ([`~coaug_trl.Augmenter`], *optional*):
-            What augments the queries; without it there is one side, of queries as they are.
-        plain ([`~coaug_trl.retrieval.Retriever`], *optional*):
-            With an index of the documents as they are, where queries as they are are searched for; defaults to the
+        index: The index.
+        augmenter: What augments the queries; without it there is one side, of queries as they are.
+        plain: With an index of the documents as they are, where queries as they are are searched for; defaults to the
             index.
-        judged ([`JudgedQueries`], *optional*):
-            Queries whose relevant documents are marked, some of them as examples.
+        judged: Queries whose relevant documents are marked, some of them as examples.
 
     Example:
 
@@ -134,17 +121,12 @@ class Demo:
         Loads index and policy; where the documents of a BM25 index are augmented, builds one of them as they are, too.
 
         Args:
-            index ([`~coaug_trl.serving.index.SearchIndex`], `str` or `Path`):
-                The index, its folder or its Hub id.
-            model (`str`, *optional*):
-                Policy that augments the queries: a folder or a Hub id.
-            judged ([`JudgedQueries`], *optional*):
-                As above.
-            plain_index (`str` or `Path`, *optional*):
-                Index of the same documents as they are, in place of one that is built.
+            index: The index, its folder or its Hub id.
+            model: Policy that augments the queries: a folder or a Hub id.
+            judged: As above.
+            plain_index: Index of the same documents as they are, in place of one that is built.
 
-        Raises:
-            `InputError`: Something is not there, or does not belong together.
+        Raises `InputError`: Something is not there, or does not belong together.
         """
         if not isinstance(index, SearchIndex):
             index = SearchIndex.load(index)
@@ -162,12 +144,9 @@ class Demo:
         Searches for a query.
 
         Args:
-            query (`str`):
-                What was typed.
+            query: What was typed.
 
-        Returns:
-            `Iterator[Part]`: what is found without the model, the augmentation after every token, and the results of
-            both.
+        Returns: what is found without the model, the augmentation after every token, and the results of both.
         """
         query = query.strip()
         if fault := _fault(query):
@@ -361,17 +340,13 @@ class Demo:
         Serves the page from a thread of its own.
 
         Args:
-            host (`str`, *optional*):
-                Address to serve at; defaults to `GRADIO_SERVER_NAME` of the environment, which a Space sets, and to
+            host: Address to serve at; defaults to `GRADIO_SERVER_NAME` of the environment, which a Space sets, and to
                 the loopback address.
-            port (`int`, *optional*):
-                Its port; defaults to `GRADIO_SERVER_PORT`, and to the first free one from 7860.
+            port: Its port; defaults to `GRADIO_SERVER_PORT`, and to the first free one from 7860.
 
-        Returns:
-            `str`: where the page is.
+        Returns: where the page is.
 
-        Raises:
-            `InputError`: The port is taken, or this machine has no such address.
+        Raises `InputError`: The port is taken, or this machine has no such address.
         """
         gradio = import_gradio()
         from starlette.middleware import Middleware
@@ -480,8 +455,7 @@ def import_gradio() -> Any:
     """
     Gradio, told not to send anything home.
 
-    Raises:
-        `InputError`: It is not installed.
+    Raises `InputError`: It is not installed.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:

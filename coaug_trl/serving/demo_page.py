@@ -18,20 +18,13 @@ class Hit(NamedTuple):
     A document on one side of the page.
 
     Args:
-        rank (`int`):
-            From 1.
-        score (`float`):
-            Of the retriever.
-        document (`dict[str, str]`):
-            `_id`, `title` and `text`.
-        hidden (`list[str]`):
-            Words of the query or its augmentation that are in the document's augmentation only.
-        grade (`int` or `None`):
-            What it was judged, if it was.
-        moved (`str`):
-            `"up"`, `"down"`, `"same"`, or `""` where there is nothing to compare.
-        elsewhere (`str`):
-            Its rank on the other side, in words.
+        rank: From 1.
+        score: Of the retriever.
+        document: `_id`, `title` and `text`.
+        hidden: Words of the query or its augmentation that are in the document's augmentation only.
+        grade: What it was judged, if it was.
+        moved: `"up"`, `"down"`, `"same"`, or `""` where there is nothing to compare.
+        elsewhere: Its rank on the other side, in words.
     """
 
     rank: int
@@ -48,20 +41,13 @@ class Column(NamedTuple):
     One side of the page.
 
     Args:
-        title (`str`):
-            Its heading.
-        searched (`str`):
-            What was searched for in what.
-        figures (`list[str]`):
-            Times and values.
-        hits (`list[Hit]` or `None`):
-            The first hits; `None` while they are waited for.
-        own (`set[str]`):
-            Terms of the query.
-        added (`set[str]`):
-            Terms that only the augmentation has.
-        empty (`str`, *optional*, defaults to `""`):
-            What is said where there are no hits.
+        title: Its heading.
+        searched: What was searched for in what.
+        figures: Times and values.
+        hits: The first hits; `None` while they are waited for.
+        own: Terms of the query.
+        added: Terms that only the augmentation has.
+        empty: What is said where there are no hits.
     """
 
     title: str
@@ -83,19 +69,13 @@ def marked(analyzer: Analyzer, text: str, own: set[str], added: set[str], cut: b
     Marks words of a text.
 
     Args:
-        analyzer ([`~coaug_trl.retrieval.analyzer.Analyzer`]):
-            Says what the same word is.
-        text (`str`):
-            The text.
-        own (`set[str]`):
-            Terms marked as the query's own.
-        added (`set[str]`):
-            Terms marked as added to it.
-        cut (`bool`, *optional*, defaults to `False`):
-            Whether to cut a long text to where most words are marked.
+        analyzer: Says what the same word is.
+        text: The text.
+        own: Terms marked as the query's own.
+        added: Terms marked as added to it.
+        cut: Whether to cut a long text to where most words are marked.
 
-    Returns:
-        `str`: HTML.
+    Returns: HTML.
     """
     limits = (EXCERPT_WORDS, EXCERPT_CHARACTERS) if cut else (None, None)
     pieces = mark(analyzer, " ".join(text.split()), {"own": own, "added": added}, *limits)

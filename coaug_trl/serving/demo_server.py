@@ -17,10 +17,8 @@ class PageRequests:
     Middleware that refuses what no browser sends from the page, before Gradio fails on it with a traceback.
 
     Args:
-        app (`ASGIApp`):
-            The application.
-        searches (`set[int]`):
-            Indexes of the functions that may be called.
+        app: The application.
+        searches: Indexes of the functions that may be called.
     """
 
     def __init__(self, app: ASGIApp, searches: set[int]):

@@ -36,12 +36,9 @@ class Result(NamedTuple):
     What a search found for one query.
 
     Args:
-        query (`str`):
-            The query as it was asked.
-        augmentation (`str` or `None`):
-            What a policy added to it; `None` without a policy.
-        hits (`list[dict[str, Any]]`):
-            `rank`, `score`, `_id`, `title` and `text` of each hit, best first; texts are those of the collection.
+        query: The query as it was asked.
+        augmentation: What a policy added to it; `None` without a policy.
+        hits: `rank`, `score`, `_id`, `title` and `text` of each hit, best first; texts are those of the collection.
     """
 
     query: str
@@ -54,10 +51,8 @@ class Timing(NamedTuple):
     How long the parts of a search took, in seconds.
 
     Args:
-        augment (`float`):
-            Augmenting the query.
-        search (`float`):
-            Finding documents and reading their texts.
+        augment: Augmenting the query.
+        search: Finding documents and reading their texts.
     """
 
     augment: float

@@ -23,10 +23,8 @@ class JudgedQueries:
     Queries whose relevant documents are known.
 
     Args:
-        queries (`dict[str, str]`):
-            Texts by query id.
-        qrels (`dict[str, dict[str, int]]`):
-            Grades by query id and document id, of the same queries.
+        queries: Texts by query id.
+        qrels: Grades by query id and document id, of the same queries.
     """
 
     queries: dict[str, str]
@@ -37,8 +35,7 @@ class JudgedQueries:
         """
         Reads those of a collection's split.
 
-        Raises:
-            `InputError`: There is no such collection or split, or it is not the collection that is indexed.
+        Raises `InputError`: There is no such collection or split, or it is not the collection that is indexed.
         """
         loaded = Collection.load(collection, split, stream=True)
         theirs = loaded.name, len(loaded.corpus)
@@ -55,8 +52,7 @@ class JudgedQueries:
         """
         Reads what [`save`] wrote; `None` if there is nothing.
 
-        Raises:
-            `InputError`: A file is damaged.
+        Raises `InputError`: A file is damaged.
         """
         path, qrels = Path(folder) / QUERIES_FILE, {}
         if not path.is_file():

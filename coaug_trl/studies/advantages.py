@@ -27,20 +27,13 @@ class Anomalies:
     What a normalisation does to the rollouts of a text, in shares of texts.
 
     Args:
-        normalization (`str`):
-            `"center"`, `"group"` or `"batch"`.
-        text_type (`str`):
-            `"query"`, `"relevant"`, `"irrelevant"` or `"all"`.
-        num_texts (`int`):
-            Texts of this type, each with its rollouts.
-        small_before (`float`):
-            Share whose rewards have a standard deviation below the threshold.
-        small_after (`float`):
-            Share whose advantages have.
-        amplified (`float`):
-            `small_before` less `small_after`: amplified variance.
-        same_sign (`float`):
-            Share whose advantages are all positive or all negative.
+        normalization: `"center"`, `"group"` or `"batch"`.
+        text_type: `"query"`, `"relevant"`, `"irrelevant"` or `"all"`.
+        num_texts: Texts of this type, each with its rollouts.
+        small_before: Share whose rewards have a standard deviation below the threshold.
+        small_after: Share whose advantages have.
+        amplified: `small_before` less `small_after`: amplified variance.
+        same_sign: Share whose advantages are all positive or all negative.
     """
 
     normalization: str
@@ -57,14 +50,11 @@ def group_rewards(columns: Mapping[str, Sequence]) -> dict[tuple[int, str, str],
     Puts the joint rewards of a generation batch together by text.
 
     Args:
-        columns (`Mapping[str, Sequence]`):
-            `group`, `text_type`, `text_id` and `joint_ndcg` of each completion.
+        columns: `group`, `text_type`, `text_id` and `joint_ndcg` of each completion.
 
-    Returns:
-        `dict[tuple[int, str, str], list[float]]`: group, text type and id of each text to the rewards of its rollouts.
+    Returns: group, text type and id of each text to the rewards of its rollouts.
 
-    Raises:
-        `InputError`: A text has fewer rollouts than another.
+    Raises `InputError`: A text has fewer rollouts than another.
     """
     rewards = {}
     for *text, reward in zip(*(columns[name] for name in (*TEXT_COLUMNS, REWARD_COLUMN)), strict=True):
@@ -88,15 +78,11 @@ def read_rewards(run_dir: str | Path) -> list[dict[tuple[int, str, str], list[fl
     the first file after a resume inside a generation batch is empty.
 
     Args:
-        run_dir (`str` or `Path`):
-            The run's `output_dir`.
+        run_dir: The run's `output_dir`.
 
-    Returns:
-        `list[dict[tuple[int, str, str], list[float]]]`: a dictionary for each generation batch, as [`group_rewards`]
-        makes them.
+    Returns: a dictionary for each generation batch, as [`group_rewards`] makes them.
 
-    Raises:
-        `InputError`: There are no completions, or a file is damaged.
+    Raises `InputError`: There are no completions, or a file is damaged.
     """
     import pyarrow
     from pyarrow.parquet import ParquetFile
@@ -137,14 +123,11 @@ def generate_rewards(arguments: list[str]) -> dict[tuple[int, str, str], list[fl
     Generates and scores the first generation batch of a training run, without training; on one process.
 
     Args:
-        arguments (`list[str]`):
-            Command line of `coaug train`. Its `output_dir` is left alone.
+        arguments: Command line of `coaug train`. Its `output_dir` is left alone.
 
-    Returns:
-        `dict[tuple[int, str, str], list[float]]`: as [`group_rewards`] makes them.
+    Returns: as [`group_rewards`] makes them.
 
-    Raises:
-        `InputError`: A setting or an input file has to be mended.
+    Raises `InputError`: A setting or an input file has to be mended.
     """
     from ..training.recipe import make_trainer, parse_arguments, set_up_logging
 
@@ -172,16 +155,12 @@ def measure_anomalies(
     normalisations.
 
     Args:
-        batches (`Sequence[Mapping[tuple[int, str, str], list[float]]]`):
-            Whole generation batches, as [`group_rewards`] makes them.
-        threshold (`float`, *optional*, defaults to `0.02`):
-            Standard deviation below which the variance of a text's rewards, or advantages, is small.
+        batches: Whole generation batches, as [`group_rewards`] makes them.
+        threshold: Standard deviation below which the variance of a text's rewards, or advantages, is small.
 
-    Returns:
-        `list[Anomalies]`: for each normalisation all texts, then those of each type.
+    Returns: for each normalisation all texts, then those of each type.
 
-    Raises:
-        `InputError`: `threshold` is not positive.
+    Raises `InputError`: `threshold` is not positive.
 
     Source: arXiv 2506.18670, appendix A.3 and Table 7, whose groups are the rollouts of one text.
     """

@@ -25,21 +25,14 @@ class Alignment:
     How well the words of queries match those of documents.
 
     Args:
-        folder (`str` or `None`):
-            Folder of the augmentations; `None` for the texts as they are.
-        texts (`str`):
-            `"original"`, `"composed"` (original and augmentation, what is searched and indexed) or `"augmentations"`
-            (without the originals).
-        cross_entropy (`float` or `None`):
-            H(Q, D) in nats a word; `None` where the queries have no word.
-        query_words (`int`):
-            Words of the queries.
-        document_words (`int`):
-            Words of the documents.
-        vocabulary_size (`int`):
-            Different words of queries and documents together.
-        unseen_share (`float` or `None`):
-            Share of the query words that occur in no document; `None` where the queries have no word.
+        folder: Folder of the augmentations; `None` for the texts as they are.
+        texts: `"original"`, `"composed"` (original and augmentation, what is searched and indexed) or
+            `"augmentations"` (without the originals).
+        cross_entropy: H(Q, D) in nats a word; `None` where the queries have no word.
+        query_words: Words of the queries.
+        document_words: Words of the documents.
+        vocabulary_size: Different words of queries and documents together.
+        unseen_share: Share of the query words that occur in no document; `None` where the queries have no word.
     """
 
     folder: str | None
@@ -63,21 +56,15 @@ def measure_alignment(
     alone are both measured.
 
     Args:
-        collection ([`~coaug_trl.Collection`]):
-            Whose judged queries and documents.
-        folders (`Sequence[str | Path]`):
-            Folders made by [`~coaug_trl.Augmenter.augment_collection`].
-        smoothing (`float`, *optional*, defaults to `1.0`):
-            What is added to the count of each word, α.
-        language (`str`, *optional*, defaults to `"english"`):
-            Snowball stemmer of the analyzer.
+        collection: Whose judged queries and documents.
+        folders: Folders made by [`~coaug_trl.Augmenter.augment_collection`].
+        smoothing: What is added to the count of each word, α.
+        language: Snowball stemmer of the analyzer.
 
-    Returns:
-        `list[Alignment]`: the original texts, then for each folder the composed ones, and the augmentations alone if
-        both sides are augmented.
+    Returns: the original texts, then for each folder the composed ones, and the augmentations alone if both sides are
+        augmented.
 
-    Raises:
-        `InputError`: A folder holds no augmentations, those of another collection, or none of some text.
+    Raises `InputError`: A folder holds no augmentations, those of another collection, or none of some text.
 
     Source: arXiv 2506.18670, section 4.3 and Table 3.
     """
@@ -130,13 +117,10 @@ def count_words(texts: Iterable[str], language: str = "english") -> Counter[str]
     Counts words as [`~coaug_trl.BM25Retriever`] reads them.
 
     Args:
-        texts (`Iterable[str]`):
-            The texts.
-        language (`str`, *optional*, defaults to `"english"`):
-            Snowball stemmer of the analyzer.
+        texts: The texts.
+        language: Snowball stemmer of the analyzer.
 
-    Returns:
-        `Counter[str]`: how often each stem occurs.
+    Returns: how often each stem occurs.
     """
     analyzer, texts = Analyzer(language), list(texts)
     words = Counter()
@@ -150,19 +134,14 @@ def cross_entropy(query_words: Counter[str], document_words: Counter[str], smoot
     Cross-entropy H(Q, D) = −Σ p_Q(w) ln p_D(w) of the words of queries relative to those of documents.
 
     Args:
-        query_words (`Counter[str]`):
-            Count of each word in the queries, at least one; their distribution is taken as it is.
-        document_words (`Counter[str]`):
-            Count of each word in the documents, whose distribution is smoothed over the words of both, since a query
-            word that no document has would make H infinite.
-        smoothing (`float`, *optional*, defaults to `1.0`):
-            What is added to the documents' count of each word.
+        query_words: Count of each word in the queries, at least one; their distribution is taken as it is.
+        document_words: Count of each word in the documents, whose distribution is smoothed over the words of both,
+            since a query word that no document has would make H infinite.
+        smoothing: What is added to the documents' count of each word.
 
-    Returns:
-        `float`: in nats a word; times 1.4427 in bits.
+    Returns: in nats a word; times 1.4427 in bits.
 
-    Raises:
-        `InputError`: `smoothing` is not positive.
+    Raises `InputError`: `smoothing` is not positive.
     """
     check_smoothing(smoothing)
     total = document_words.total() + smoothing * len(query_words.keys() | document_words.keys())

@@ -30,28 +30,17 @@ class RewardError:
     How far the sampled rewards of a pool are from the exact ones. Rewards are NDCG@10, from 0 to 1.
 
     Args:
-        num_documents (`int`):
-            Documents in the pool, with five rollouts each.
-        num_queries (`int`):
-            Queries ranked against it, with five rollouts each.
-        num_samples (`int`):
-            Draws of the sampled estimator.
-        query_error (`float`):
-            Mean absolute error of the reward of a query rollout.
-        query_largest (`float`):
-            The largest, over all rollouts and repeats.
-        query_variance (`float`):
-            Variance of the estimate over repeats, mean over the rollouts.
-        document_error (`float`):
-            As for queries.
-        document_largest (`float`):
-            As for queries.
-        document_variance (`float`):
-            As for queries.
-        sampled_seconds (`float`):
-            Time of the sampled rewards of the pool, median over repeats.
-        exact_seconds (`float`):
-            Time of the exact ones, likewise.
+        num_documents: Documents in the pool, with five rollouts each.
+        num_queries: Queries ranked against it, with five rollouts each.
+        num_samples: Draws of the sampled estimator.
+        query_error: Mean absolute error of the reward of a query rollout.
+        query_largest: The largest, over all rollouts and repeats.
+        query_variance: Variance of the estimate over repeats, mean over the rollouts.
+        document_error: As for queries.
+        document_largest: As for queries.
+        document_variance: As for queries.
+        sampled_seconds: Time of the sampled rewards of the pool, median over repeats.
+        exact_seconds: Time of the exact ones, likewise.
     """
 
     num_documents: int
@@ -79,14 +68,10 @@ def generate_scores(num_documents: int, seed: int = 0) -> tuple[np.ndarray, np.n
     −inf.
 
     Args:
-        num_documents (`int`):
-            Documents in the pool.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed.
+        num_documents: Documents in the pool.
+        seed: Seed.
 
-    Returns:
-        `tuple[np.ndarray, np.ndarray]`: scores of shape (queries, 5, documents, 5) and relevance, 0 or 1, of shape
-        (queries, documents).
+    Returns: scores of shape (queries, 5, documents, 5) and relevance, 0 or 1, of shape (queries, documents).
     """
     generator = np.random.default_rng((seed, num_documents))
     num_queries = _num_queries(num_documents)
@@ -119,20 +104,14 @@ def study_rewards(
     Compares sampled rewards with the exact ones, on generated scores.
 
     Args:
-        pools (`Sequence[int]`, *optional*, defaults to `(15, 100, 480, 1000)`):
-            Numbers of documents: 15 is a group of the paper, 480 are its generation batch.
-        samples (`Sequence[int]`, *optional*, defaults to `(16, 64, 256, 512, 1024, 4096)`):
-            Numbers of draws.
-        repeats (`int`, *optional*, defaults to `10`):
-            Estimates of each kind, with different draws for the same scores.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the scores; the draws of the r-th repeat have the seed `seed + r`.
+        pools: Numbers of documents: 15 is a group of the paper, 480 are its generation batch.
+        samples: Numbers of draws.
+        repeats: Estimates of each kind, with different draws for the same scores.
+        seed: Seed of the scores; the draws of the r-th repeat have the seed `seed + r`.
 
-    Returns:
-        `list[RewardError]`: pool by pool, each by the number of draws.
+    Returns: pool by pool, each by the number of draws.
 
-    Raises:
-        `InputError`: A number is too small.
+    Raises `InputError`: A number is too small.
 
     Source: arXiv 2506.18670, section 3.3 (error below 1e-2) and 3.4 (variance about 1e-5).
     """
@@ -215,15 +194,11 @@ def save_study(rows: Sequence[RewardError], settings: dict[str, Any], output_dir
     Writes the rows of [`study_rewards`] as `reward_study.json` and draws them as `reward_study.png`.
 
     Args:
-        rows (`Sequence[RewardError]`):
-            The rows.
-        settings (`dict[str, Any]`):
-            What they were made with.
-        output_dir (`str` or `Path`):
-            The folder, made if it is not there.
+        rows: The rows.
+        settings: What they were made with.
+        output_dir: The folder, made if it is not there.
 
-    Raises:
-        `InputError`: matplotlib is not installed.
+    Raises `InputError`: matplotlib is not installed.
     """
     import_figure()  # before anything is written
     rows, output_dir = [asdict(row) for row in rows], Path(output_dir)

@@ -16,17 +16,13 @@ def normalize_advantages(rewards: torch.Tensor, num_generations: int, normalizat
     Advantages of the rollouts of a generation batch.
 
     Args:
-        rewards (`torch.Tensor` of shape `(N,)`):
-            Rewards, the `num_generations` rollouts of a text together.
-        num_generations (`int`):
-            Rollouts a text.
-        normalization (`str`):
-            `"center"`: less the mean of the text's rollouts (arXiv 2506.18670, section 3.4); `"group"`: also divided
-            by their standard deviation (GRPO); `"batch"`: less the mean and divided by the standard deviation of the
-            whole batch (REINFORCE++).
+        rewards, of shape `(N,)`: Rewards, the `num_generations` rollouts of a text together.
+        num_generations: Rollouts a text.
+        normalization: `"center"`: less the mean of the text's rollouts (arXiv 2506.18670, section 3.4); `"group"`:
+            also divided by their standard deviation (GRPO); `"batch"`: less the mean and divided by the standard
+            deviation of the whole batch (REINFORCE++).
 
-    Returns:
-        `torch.Tensor` of shape `(N,)`: advantages.
+    Returns: shape `(N,)`, advantages.
     """
     if normalization == "batch":
         return torch.nan_to_num((rewards - rewards.nanmean()) / (nanstd(rewards) + 1e-4), nan=0.0)
@@ -53,14 +49,10 @@ def log_generation_batch(
     Logs a generation batch by text type, and the advantages that the loss uses in place of TRL's.
 
     Args:
-        trainer ([`~coaug_trl.CoAugTrainer`]):
-            Keeps the metrics.
-        rows (`list[dict[str, Any]]`):
-            Rows of this process, with their `text_type`.
-        output (`dict[str, Any]`):
-            Completions and scaled advantages of this process.
-        num_cut (`int`):
-            Documents of this process that were cut.
+        trainer: Keeps the metrics.
+        rows: Rows of this process, with their `text_type`.
+        output: Completions and scaled advantages of this process.
+        num_cut: Documents of this process that were cut.
     """
     gather, metrics = trainer.accelerator.gather, trainer._metrics["train"]
     advantages = gather(output["advantages"])

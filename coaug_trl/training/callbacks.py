@@ -60,8 +60,7 @@ class FiniteGuard(TrainerCallback):
     to the look at the weights.
 
     Args:
-        trainer ([`~coaug_trl.CoAugTrainer`]):
-            The trainer.
+        trainer: The trainer.
     """
 
     def __init__(self, trainer: GRPOTrainer):
@@ -174,8 +173,7 @@ class CollapseGuard(TrainerCallback):
     missing answers, since a cut answer is none.
 
     Args:
-        metrics (`dict[str, list[float]]`):
-            Where the trainer collects the metrics of training until they are logged.
+        metrics: Where the trainer collects the metrics of training until they are logged.
     """
 
     THRESHOLDS = {"entropy": 0.01, "answer_rate": 0.02, "distinct_words": 0.001, "completions/mean_length": 2.0}
@@ -224,13 +222,11 @@ def mean_sequence_ratio(batch: dict[str, Any]) -> torch.Tensor | None:
     How far the trainer agrees with vLLM on the completions before the first update on them.
 
     Args:
-        batch (`dict[str, Any]`):
-            Rollouts of a process, as TRL generates and scores them.
+        batch: Rollouts of a process, as TRL generates and scores them.
 
-    Returns:
-        `torch.Tensor`: mean over the completions of their probability by the trainer over that by vLLM, uncorrected and
-        unmasked; `None` if one of the two is not known: without vLLM, or where TRL computes the trainer's only during
-        the update, with one update per batch and without its importance sampling correction.
+    Returns: mean over the completions of their probability by the trainer over that by vLLM, uncorrected and unmasked;
+        `None` if one of the two is not known: without vLLM, or where TRL computes the trainer's only during the
+        update, with one update per batch and without its importance sampling correction.
     """
     trainer, sampler = (batch.get(name) for name in ("old_per_token_logps", "sampling_per_token_logps"))
     if trainer is None or sampler is None:

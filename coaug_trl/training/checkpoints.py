@@ -33,10 +33,8 @@ def finish_checkpoint(checkpoint: Path, resumable: bool = True) -> None:
     Marks a checkpoint as whole, when every process has written its files.
 
     Args:
-        checkpoint (`Path`):
-            Its folder.
-        resumable (`bool`, *optional*, defaults to `True`):
-            Whether it has what training needs to go on, which `save_only_model` leaves out.
+        checkpoint: Its folder.
+        resumable: Whether it has what training needs to go on, which `save_only_model` leaves out.
     """
     files = {path.relative_to(checkpoint).as_posix(): path for path in sorted(checkpoint.rglob("*"))}
     sizes = {name: path.stat().st_size for name, path in files.items() if path.is_file() and name != FILES_FILE}
@@ -51,11 +49,9 @@ def why_incomplete(checkpoint: str | Path) -> str | None:
     whole if they have `trainer_state.json`, which transformers writes last.
 
     Args:
-        checkpoint (`str` or `Path`):
-            Its folder.
+        checkpoint: Its folder.
 
-    Returns:
-        `str`: the reason, `None` if it is whole.
+    Returns: the reason, `None` if it is whole.
     """
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
@@ -98,15 +94,11 @@ def last_whole_checkpoint(output_dir: str | Path, before: int | None = None, qui
     Those that were not are named in a warning and skipped.
 
     Args:
-        output_dir (`str` or `Path`):
-            Folder of the run.
-        before (`int`, *optional*):
-            Step that it has to come before.
-        quiet (`bool`, *optional*, defaults to `False`):
-            Without the warning.
+        output_dir: Folder of the run.
+        before: Step that it has to come before.
+        quiet: Without the warning.
 
-    Returns:
-        `str`: its folder, `None` if there is none.
+    Returns: its folder, `None` if there is none.
     """
     found = {}
     for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
@@ -129,13 +121,10 @@ def saving(folder: str | Path, output_dir: str | Path) -> Iterator[None]:
     checkpoint is removed and the error says what is left.
 
     Args:
-        folder (`str` or `Path`):
-            A checkpoint, or `output_dir` itself.
-        output_dir (`str` or `Path`):
-            Folder of the run.
+        folder: A checkpoint, or `output_dir` itself.
+        output_dir: Folder of the run.
 
-    Raises:
-        `OSError`: A file could not be written.
+    Raises `OSError`: A file could not be written.
     """
     folder = Path(folder)
     try:
@@ -166,10 +155,8 @@ def writing_checkpoint(folder: Path, trainer: GRPOTrainer) -> Iterator[Path]:
     files. Older ones go after that: the base class would delete them while this one may still lack files.
 
     Args:
-        folder (`Path`):
-            The checkpoint.
-        trainer ([`~coaug_trl.CoAugTrainer`]):
-            Writes it while the block runs.
+        folder: The checkpoint.
+        trainer: Writes it while the block runs.
     """
     args, wait = trainer.args, trainer.accelerator.wait_for_everyone
     limit, args.save_total_limit = args.save_total_limit, None
@@ -204,8 +191,7 @@ def load_state(folder: Path, trainer: GRPOTrainer) -> None:
     """
     Loads what [`save_state`] saved, if the checkpoint has it.
 
-    Raises:
-        `InputError`: It was saved within a generation batch of other settings, or lacks its rollouts.
+    Raises `InputError`: It was saved within a generation batch of other settings, or lacks its rollouts.
     """
     if not (folder / STATE_FILE).is_file():
         return
@@ -236,10 +222,8 @@ def save_rollouts(slices: list[dict[str, torch.Tensor | None]], path: Path) -> N
     Saves the generation batch that a process is training on.
 
     Args:
-        slices (`list[dict[str, torch.Tensor]]`):
-            Its micro-batches.
-        path (`Path`):
-            File to write.
+        slices: Its micro-batches.
+        path: File to write.
     """
     tensors = {
         f"{index}.{name}": value.clone()  # one tensor may serve all slices, which safetensors refuses

@@ -25,8 +25,7 @@ class DevEvaluator:
     retrieves, over every judged query.
 
     Args:
-        trainer ([`~coaug_trl.CoAugTrainer`]):
-            Has the policy, the retriever and the dev collection.
+        trainer: Has the policy, the retriever and the dev collection.
     """
 
     def __init__(self, trainer: GRPOTrainer):
@@ -36,8 +35,7 @@ class DevEvaluator:
         """
         Augments, retrieves and measures, on all processes together.
 
-        Returns:
-            `dict[str, float]`: `nDCG@k` from an index of the augmented corpus, as deployment builds it, and for BM25
+        Returns: `nDCG@k` from an index of the augmented corpus, as deployment builds it, and for BM25
             `nDCG@k_reward_statistics` with the statistics that the reward used until now.
         """
         trainer, args = self.trainer, self.trainer.args
@@ -95,13 +93,10 @@ class DevEvaluator:
         Answers of the current policy, generated as after training, shared among processes.
 
         Args:
-            side (`str`):
-                `"query"` or `"document"`.
-            texts (`list[str]`):
-                The same texts on every process.
+            side: `"query"` or `"document"`.
+            texts: The same texts on every process.
 
-        Returns:
-            `list[str]`: one answer a text, empty where there was none.
+        Returns: one answer a text, empty where there was none.
         """
         trainer = self.trainer
         by_length = sorted(range(len(texts)), key=lambda index: len(texts[index]))

@@ -57,17 +57,13 @@ def print_plan(
     Prints what a run would do and need, having built everything but the model.
 
     Args:
-        script_args ([`~coaug_trl.training.recipe.CoAugScriptArguments`]):
-            What is trained on; `gpu_memory_gib` is the memory the run should fit into.
-        training_args ([`~coaug_trl.CoAugConfig`]):
-            Configuration.
-        model_args ([`trl.ModelConfig`]):
-            The model, of which the configuration is read and nothing else.
+        script_args: What is trained on; `gpu_memory_gib` is the memory the run should fit into.
+        training_args: Configuration.
+        model_args: The model, of which the configuration is read and nothing else.
         train_collection, eval_collection, retriever, prompt_set, tokenizer:
             As [`~coaug_trl.training.recipe.make_parts`] makes them.
 
-    Raises:
-        `InputError`: What the run would refuse, too, or the model has no configuration.
+    Raises `InputError`: What the run would refuse, too, or the model has no configuration.
     """
     check_prompt_set(prompt_set, retriever, training_args)
     architecture, dtype = model_architecture(training_args, model_args)
@@ -159,9 +155,8 @@ def model_architecture(training_args: CoAugConfig, model_args: ModelConfig) -> t
     """
     Sizes of the model and its adapter and the type its weights are loaded with, from its configuration alone.
 
-    Raises:
-        `InputError`: There is no configuration of a causal language model, the adapter does not fit the model, or the
-            run would train on nothing.
+    Raises `InputError`: There is no configuration of a causal language model, the adapter does not fit the model, or
+        the run would train on nothing.
     """
     name = model_args.model_name_or_path
     try:
@@ -275,12 +270,9 @@ def print_memory(architecture: Architecture, run: Run, gpu: int | None) -> None:
     Prints an estimate of memory by part, and whether it fits.
 
     Args:
-        architecture ([`~coaug_trl.training.memory.Architecture`]):
-            Sizes of the model.
-        run ([`~coaug_trl.training.memory.Run`]):
-            Settings.
-        gpu (`int`, *optional*):
-            Bytes of the GPU it should fit on.
+        architecture: Sizes of the model.
+        run: Settings.
+        gpu: Bytes of the GPU it should fit on.
     """
     where = {
         "none": "for one process without sharding (more are counted if the dry run is launched as the run)",

@@ -38,22 +38,16 @@ def mine_hard_negatives(
     seconds). The result is kept in a file, which is read as long as retriever, ranks and collection are the same.
 
     Args:
-        collection ([`~coaug_trl.Collection`]):
-            Corpus, queries and judgments.
-        retriever ([`~coaug_trl.retrieval.Retriever`]):
-            Ranks the documents.
-        ranks (`list[int]`):
-            First and last rank to take documents from, counted from 1 over all documents, judged ones too.
-        cache_path (`str` or `Path`):
-            JSON file where the result is kept.
+        collection: Corpus, queries and judgments.
+        retriever: Ranks the documents.
+        ranks: First and last rank to take documents from, counted from 1 over all documents, judged ones too.
+        cache_path: JSON file where the result is kept.
 
-    Returns:
-        `dict[str, list[str]]`: document ids by query id, best first, the same on every process. Documents judged for
-        the query are left out, whatever the grade, and so is one with the id of the query, which is the query itself
-        where queries are documents of the corpus. A query that finds too little has an empty list.
+    Returns: document ids by query id, best first, the same on every process. Documents judged for the query are left
+        out, whatever the grade, and so is one with the id of the query, which is the query itself where queries are
+        documents of the corpus. A query that finds too little has an empty list.
 
-    Raises:
-        `RuntimeError`: On the other processes, if the first one failed.
+    Raises `RuntimeError`: On the other processes, if the first one failed.
 
     Source: [RocketQA](https://huggingface.co/papers/2010.08191), for relevant documents without a judgment among the
     best ranks.

@@ -17,17 +17,12 @@ def make_prompts(
     Prompts of texts, documents cut to the prompt set's longest.
 
     Args:
-        sides (`list[str]`):
-            `"query"` or `"document"`, for each text.
-        texts (`list[str]`):
-            The texts.
-        prompt_set ([`~coaug_trl.PromptSet`]):
-            Its prompts.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Counts tokens, and decides the form of a prompt.
+        sides: `"query"` or `"document"`, for each text.
+        texts: The texts.
+        prompt_set: Its prompts.
+        tokenizer: Counts tokens, and decides the form of a prompt.
 
-    Returns:
-        `tuple[list, int]`: a prompt for each text, and how many documents were cut.
+    Returns: a prompt for each text, and how many documents were cut.
     """
     texts = list(texts)
     num_cut = 0
@@ -51,22 +46,14 @@ def make_rows(
     The rows of groups as TRL expects them: one for each completion, the rollouts of a text together.
 
     Args:
-        groups (`list[Group]`):
-            Groups of a process.
-        collection ([`~coaug_trl.Collection`]):
-            Has their texts.
-        prompt_set ([`~coaug_trl.PromptSet`]):
-            Its prompts.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            As in [`make_prompts`].
-        augment (`str`):
-            `"both"`, `"query"` or `"document"`: the side that has rows.
-        num_generations (`int`):
-            Rollouts of a text.
+        groups: Groups of a process.
+        collection: Has their texts.
+        prompt_set: Its prompts.
+        tokenizer: As in [`make_prompts`].
+        augment: `"both"`, `"query"` or `"document"`: the side that has rows.
+        num_generations: Rollouts of a text.
 
-    Returns:
-        `tuple[list[dict[str, Any]], int]`: rows with `prompt`, `group`, `text_type` and `text_id`, and how many
-        documents were cut.
+    Returns: rows with `prompt`, `group`, `text_type` and `text_id`, and how many documents were cut.
     """
     rows = [
         {"group": group, "text_type": text_type, "text_id": text_id}

@@ -41,32 +41,20 @@ class CoAugScriptArguments:
     What is trained on, and for which retriever.
 
     Args:
-        collection (`str`):
-            BEIR folder, Hub id, `irds:NAME` for ir_datasets, or `vocabulary-gap`.
-        train_split (`str`, *optional*, defaults to `"train"`):
-            Split to train on.
-        eval_split (`str`, *optional*, defaults to `"dev"`):
-            Split of the evaluations during training; used if `eval_strategy` is not `"no"`. Never the test split.
-        retriever (`str`, *optional*, defaults to `"bm25"`):
-            Retriever whose ranking is the reward.
-        fields (`str`, *optional*, defaults to `"flat"`):
-            BM25: title and text as one field (`"flat"`) or two (`"best"`).
-        k1 (`float`, *optional*, defaults to `1.2`):
-            BM25: saturation of repeated words.
-        b (`float`, *optional*, defaults to `0.75`):
-            BM25: normalisation by length.
-        language (`str`, *optional*, defaults to `"english"`):
-            BM25: Snowball stemmer.
-        encoder (`str`, *optional*, defaults to `"BAAI/bge-base-en-v1.5"`):
-            Dense: sentence-transformers model.
-        embedding_cache (`str`, *optional*):
-            Dense: folder where embeddings of the collection's documents are kept for later runs.
-        prompt_set (`str`, *optional*):
-            YAML file with the prompts; defaults to the package's for the retriever's kind.
-        dry_run (`bool`, *optional*, defaults to `False`):
-            Print what the run would do and the memory it would need, build everything but the model, and exit.
-        gpu_memory_gib (`float`, *optional*):
-            Memory of the GPU to fit on, in GiB, for `dry_run`; defaults to that of the GPU that is there.
+        collection: BEIR folder, Hub id, `irds:NAME` for ir_datasets, or `vocabulary-gap`.
+        train_split: Split to train on.
+        eval_split: Split of the evaluations during training; used if `eval_strategy` is not `"no"`. Never the test
+            split.
+        retriever: Retriever whose ranking is the reward.
+        fields: BM25: title and text as one field (`"flat"`) or two (`"best"`).
+        k1: BM25: saturation of repeated words.
+        b: BM25: normalisation by length.
+        language: BM25: Snowball stemmer.
+        encoder: Dense: sentence-transformers model.
+        embedding_cache: Dense: folder where embeddings of the collection's documents are kept for later runs.
+        prompt_set: YAML file with the prompts; defaults to the package's for the retriever's kind.
+        dry_run: Print what the run would do and the memory it would need, build everything but the model, and exit.
+        gpu_memory_gib: Memory of the GPU to fit on, in GiB, for `dry_run`; defaults to that of the GPU that is there.
     """
 
     collection: str = field(metadata={"help": "BEIR folder, Hub id, irds:NAME, or vocabulary-gap."})
@@ -100,8 +88,7 @@ def given_checkpoint(training_args: CoAugConfig) -> str | None:
     """
     The checkpoint that `resume_from_checkpoint` names; `None` to go on from the last whole one, if there is one.
 
-    Raises:
-        `InputError`: It is true and there is none, or false.
+    Raises `InputError`: It is true and there is none, or false.
     """
     given = training_args.resume_from_checkpoint
     # A recipe gives a boolean, the command line a string.
@@ -127,19 +114,14 @@ def make_parts(
     Builds what a run needs besides its model.
 
     Args:
-        script_args ([`CoAugScriptArguments`]):
-            What is trained on.
-        training_args ([`~coaug_trl.CoAugConfig`]):
-            Configuration.
-        model_args ([`trl.ModelConfig`]):
-            The model, for its tokenizer.
+        script_args: What is trained on.
+        training_args: Configuration.
+        model_args: The model, for its tokenizer.
 
-    Returns:
-        `tuple`: training collection, evaluation collection (`None` without evaluations), retriever, prompt set and
+    Returns: training collection, evaluation collection (`None` without evaluations), retriever, prompt set and
         tokenizer.
 
-    Raises:
-        `InputError`: One of them cannot be loaded.
+    Raises `InputError`: One of them cannot be loaded.
     """
     train_collection = Collection.load(script_args.collection, script_args.train_split)
     eval_collection = None
@@ -166,20 +148,14 @@ def make_trainer(
     Builds the trainer of a run, with its model.
 
     Args:
-        script_args ([`CoAugScriptArguments`]):
-            What is trained on.
-        training_args ([`~coaug_trl.CoAugConfig`]):
-            Configuration; gets the `model_init_kwargs` that follow from `model_args`.
-        model_args ([`trl.ModelConfig`]):
-            The model.
-        card_writer (`Callable`, *optional*):
-            As [`~coaug_trl.CoAugTrainer`] takes it.
+        script_args: What is trained on.
+        training_args: Configuration; gets the `model_init_kwargs` that follow from `model_args`.
+        model_args: The model.
+        card_writer: As [`~coaug_trl.CoAugTrainer`] takes it.
 
-    Returns:
-        [`~coaug_trl.CoAugTrainer`]: the trainer, before its first step.
+    Returns: the trainer, before its first step.
 
-    Raises:
-        `InputError`: A setting or an input file has to be mended.
+    Raises `InputError`: A setting or an input file has to be mended.
     """
     set_seed(training_args.seed)
     train_collection, eval_collection, retriever, prompt_set, tokenizer = make_parts(
@@ -235,8 +211,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[CoAugScriptArgu
     """
     Reads recipe and command line.
 
-    Raises:
-        `InputError`: The recipe is not there or not YAML, or a setting has a value that cannot work.
+    Raises `InputError`: The recipe is not there or not YAML, or a setting has a value that cannot work.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = TrlParser((CoAugScriptArguments, CoAugConfig, ModelConfig), prog="coaug train", usage=USAGE)
@@ -309,8 +284,7 @@ def load_tokenizer(training_args: CoAugConfig, model_args: ModelConfig):
     """
     Loads the tokenizer of the model.
 
-    Raises:
-        `InputError`: There is none.
+    Raises `InputError`: There is none.
     """
     try:
         return AutoTokenizer.from_pretrained(
@@ -340,11 +314,9 @@ def check_trackers(report_to: Iterable[str]) -> None:
     Refuses trackers that cannot be reported to, before the work begins.
 
     Args:
-        report_to (`Iterable[str]`):
-            Their names, as in [`~transformers.TrainingArguments`].
+        report_to: Their names, as in [`~transformers.TrainingArguments`].
 
-    Raises:
-        `InputError`: One is unknown or not installed.
+    Raises `InputError`: One is unknown or not installed.
     """
     for name in report_to:
         try:

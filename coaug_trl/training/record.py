@@ -52,19 +52,13 @@ def describe_training(
     What a policy is trained on and how, as `training.json` has it.
 
     Args:
-        args ([`~coaug_trl.CoAugConfig`]):
-            Configuration; what differs from the defaults is kept, but folders and secrets.
-        train_collection ([`~coaug_trl.Collection`]):
-            Trained on.
-        eval_collection ([`~coaug_trl.Collection`] or `None`):
-            Evaluated on in training.
-        model (`str` or [`~transformers.PreTrainedModel`]):
-            What training began with.
-        device (`str`):
-            Name of the device of a process.
+        args: Configuration; what differs from the defaults is kept, but folders and secrets.
+        train_collection: Trained on.
+        eval_collection: Evaluated on in training.
+        model: What training began with.
+        device: Name of the device of a process.
 
-    Returns:
-        `dict[str, Any]`: JSON-able.
+    Returns: JSON-able.
     """
     base_model = model if isinstance(model, str) else model.name_or_path
     return {
@@ -115,12 +109,10 @@ def license_of(model: str | None) -> dict[str, str]:
     What the card of a model states of its licence.
 
     Args:
-        model (`str` or `None`):
-            Folder or Hub id.
+        model: Folder or Hub id.
 
-    Returns:
-        `dict[str, str]`: `license` and, if they are there, `license_name` and `license_link`; empty if no licence is
-        stated or the card cannot be reached.
+    Returns: `license` and, if they are there, `license_name` and `license_link`; empty if no licence is stated or the
+        card cannot be reached.
     """
     path = Path(model or "") / CARD_FILE
     try:

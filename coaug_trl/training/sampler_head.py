@@ -38,15 +38,11 @@ def add_sampler_head(model: PreTrainedModel, temperature: float, repetition_pena
     Logits are never there for more than `TOKENS_AT_ONCE` tokens, also in the backward pass, which computes them again.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Causal language model with TRL's fused LM head; not its PEFT wrapper.
-        temperature (`float`):
-            Temperature of the sampler.
-        repetition_penalty (`float`):
-            Repetition penalty of the sampler.
+        model: Causal language model with TRL's fused LM head; not its PEFT wrapper.
+        temperature: Temperature of the sampler.
+        repetition_penalty: Repetition penalty of the sampler.
 
-    Raises:
-        `InputError`: The model scales or caps its logits, or is a mixture of experts with a balancing loss.
+    Raises `InputError`: The model scales or caps its logits, or is a mixture of experts with a balancing loss.
     """
     config = model.config.get_text_config()
     unsupported = [name for name in _LOGIT_TRANSFORMS if getattr(config, name, None) not in (None, 1.0)]

@@ -333,8 +333,7 @@ def corpus_documents(
     """
     All documents as they are ranked outside the batch with `candidate_pool="corpus"`.
 
-    Raises:
-        `InputError`: `args.augmentations` holds no augmentations of documents, or those of other settings.
+    Raises `InputError`: `args.augmentations` holds no augmentations of documents, or those of other settings.
     """
     if args.augmentations is None:
         if args.augment != "query" and PartialState().is_main_process:

@@ -33,21 +33,14 @@ def draw_lines(
     Draws values by optimizer step, each line named at its end.
 
     Args:
-        series (`dict[str, list[tuple[int, float]]]`):
-            Name of each line, up to four, to steps and finite values; a single line goes without its name.
-        ylabel (`str`, *optional*):
-            What the values are.
-        percent (`bool`, *optional*, defaults to `False`):
-            Whether values are shares, to be shown as per cent.
-        log (`bool`, *optional*, defaults to `False`):
-            Whether values, all positive, stand on a logarithmic scale.
-        marked (`tuple[int, float]`, *optional*):
-            Step and value of the best point.
-        form (`str`, *optional*, defaults to `"svg"`):
-            `"svg"`, without a background, or `"png"`.
+        series: Name of each line, up to four, to steps and finite values; a single line goes without its name.
+        ylabel: What the values are.
+        percent: Whether values are shares, to be shown as per cent.
+        log: Whether values, all positive, stand on a logarithmic scale.
+        marked: Step and value of the best point.
+        form: `"svg"`, without a background, or `"png"`.
 
-    Returns:
-        `bytes`: the file, the same whenever the same is drawn.
+    Returns: the file, the same whenever the same is drawn.
     """
     series = {label: _thin(points) for label, points in series.items() if points}
     with _style():
@@ -94,13 +87,10 @@ def draw_gains(changes: Sequence[float], ylabel: str) -> bytes:
     Draws how much each query gained or lost, the greatest gain first.
 
     Args:
-        changes (`Sequence[float]`):
-            Change of each query.
-        ylabel (`str`):
-            What has changed.
+        changes: Change of each query.
+        ylabel: What has changed.
 
-    Returns:
-        `bytes`: an SVG file without a background.
+    Returns: an SVG file without a background.
     """
     with _style():
         figure, axes = _figure()
@@ -135,18 +125,13 @@ def draw_errors(rows: Sequence[dict[str, Any]], k: int, bound: float) -> bytes:
     Draws how far sampled rewards are from the exact ones, and how long both take, by the number of samples.
 
     Args:
-        rows (`Sequence[dict[str, Any]]`):
-            Of [`~coaug_trl.studies.sampled_reward.RewardError`], as dictionaries.
-        k (`int`):
-            Of the NDCG.
-        bound (`float`):
-            An error to compare with.
+        rows: Of [`~coaug_trl.studies.sampled_reward.RewardError`], as dictionaries.
+        k: Of the NDCG.
+        bound: An error to compare with.
 
-    Returns:
-        `bytes`: a PNG file.
+    Returns: a PNG file.
 
-    Raises:
-        `InputError`: matplotlib is not installed.
+    Raises `InputError`: matplotlib is not installed.
     """
     figure = import_figure()(figsize=(13, 4.6), layout="constrained")
     samples = sorted({row["num_samples"] for row in rows})

@@ -13,18 +13,14 @@ def run_together(function: Callable, *args, where: str = "") -> tuple[Any, list[
     Runs `function` on every process and exchanges the results; a failure on one process is raised on all.
 
     Args:
-        function (`Callable`):
-            What to run. It must not call a collective operation.
+        function: What to run. It must not call a collective operation.
         *args:
             Its arguments, on this process.
-        where (`str`, *optional*):
-            What this process is working on, for the message of a failure.
+        where: What this process is working on, for the message of a failure.
 
-    Returns:
-        `tuple[Any, list[Any]]`: this process's result, and the results of all processes in their order.
+    Returns: this process's result, and the results of all processes in their order.
 
-    Raises:
-        `RuntimeError`: On every process, naming those that failed.
+    Raises `RuntimeError`: On every process, naming those that failed.
     """
     result, failure = None, None
     try:

@@ -45,14 +45,10 @@ def read_json(
     Reads a small JSON file.
 
     Args:
-        path (`str` or `Path`):
-            The file.
-        remedy (`str`, *optional*, defaults to `"restore the file"`):
-            What to do if it is damaged, for the message.
-        kind (`type`, *optional*, defaults to `dict`):
-            What the file holds: `dict` or `list`.
-        missing (*optional*):
-            Returned if there is no such file.
+        path: The file.
+        remedy: What to do if it is damaged, for the message.
+        kind: What the file holds: `dict` or `list`.
+        missing: Returned if there is no such file.
 
     Raises:
         `InputError`: The file is damaged, or holds something else.

@@ -39,14 +39,11 @@ def without_folders(content: Any, name: str = "") -> Any:
     JSON content without paths, which say where files are on a machine: of each only the last part stays.
 
     Args:
-        content (`Any`):
-            JSON content. Of an object with `model` and a true `model_is_folder` the model is a folder, likewise of
-            `base_model`.
-        name (`str`, *optional*):
-            Its name, if it is a value of an object; the text of a token is left as it is.
+        content: JSON content. Of an object with `model` and a true `model_is_folder` the model is a folder, likewise
+            of `base_model`.
+        name: Its name, if it is a value of an object; the text of a token is left as it is.
 
-    Returns:
-        `Any`: a copy.
+    Returns: a copy.
     """
     if isinstance(content, dict):
         folders = {key for key, value in content.items() if content.get(f"{key}_is_folder") and isinstance(value, str)}

@@ -46,12 +46,9 @@ class Cell(NamedTuple):
     What stands in a row under a column.
 
     Args:
-        text (`str` or `list[Piece]`):
-            The text; in pieces where some of it is marked.
-        bold (`bool`, *optional*, defaults to `False`):
-            Whether it is in bold type.
-        superscript (`str`, *optional*, defaults to `""`):
-            Letters raised after it.
+        text: The text; in pieces where some of it is marked.
+        bold: Whether it is in bold type.
+        superscript: Letters raised after it.
     """
 
     text: str | list[Piece]
@@ -65,17 +62,12 @@ class Table:
     A table.
 
     Args:
-        title (`str`):
-            What stands above it, and alone where there are no rows.
-        header (`list[str]`):
-            Names of the columns.
-        rows (`Sequence[Sequence[Cell | str]]`):
-            What is no [`Cell`] becomes one.
-        left (`int`, *optional*, defaults to `1`):
-            The first columns, which are text; the others are numbers and aligned to the right.
-        prose (`int`, *optional*, defaults to `0`):
-            The last columns, if they are sentences to be folded. Then all columns are text; a terminal shows no header
-            and puts these columns below each other.
+        title: What stands above it, and alone where there are no rows.
+        header: Names of the columns.
+        rows: What is no [`Cell`] becomes one.
+        left: The first columns, which are text; the others are numbers and aligned to the right.
+        prose: The last columns, if they are sentences to be folded. Then all columns are text; a terminal shows no
+            header and puts these columns below each other.
     """
 
     title: str
@@ -137,13 +129,10 @@ def write(parts: Iterable[Table | str], format: str = "table") -> str:
     Writes tables and paragraphs.
 
     Args:
-        parts (`Iterable[Table | str]`):
-            In their order.
-        format (`str`, *optional*, defaults to `"table"`):
-            `"table"` for a terminal, `"markdown"`, or `"latex"`.
+        parts: In their order.
+        format: `"table"` for a terminal, `"markdown"`, or `"latex"`.
 
-    Returns:
-        `str`: the parts with an empty line between them.
+    Returns: the parts with an empty line between them.
     """
     paragraph = {"table": _terminal_paragraph, "markdown": escape_markdown, "latex": escape_latex}[format]
     method = {"table": Table.terminal, "markdown": Table.markdown, "latex": Table.latex}[format]

@@ -28,10 +28,8 @@ def set_up(quiet: bool = False, as_json: bool = False) -> None:
     Says how the command that runs is to speak.
 
     Args:
-        quiet (`bool`, *optional*, defaults to `False`):
-            Results and problems only: no progress, nothing of what goes on.
-        as_json (`bool`, *optional*, defaults to `False`):
-            Results as JSON; standard output holds nothing else.
+        quiet: Results and problems only: no progress, nothing of what goes on.
+        as_json: Results as JSON; standard output holds nothing else.
     """
     _settings.update(quiet=quiet, json=as_json)
     if quiet:
@@ -72,12 +70,9 @@ def show(content: Any, shown: "RenderableType", indent: int | None = 2) -> None:
     Prints a result.
 
     Args:
-        content (`Any`):
-            The result as `--json` prints it; numbers that JSON has no word for become null.
-        shown (`RenderableType`):
-            The result as it is printed otherwise: a string, or anything that rich renders.
-        indent (`int`, *optional*, defaults to `2`):
-            Of the JSON; `None` for an object a line.
+        content: The result as `--json` prints it; numbers that JSON has no word for become null.
+        shown: The result as it is printed otherwise: a string, or anything that rich renders.
+        indent: Of the JSON; `None` for an object a line.
     """
     if _settings["json"]:
         print(json.dumps(_finite(content), indent=indent, ensure_ascii=False, default=str))

@@ -14,10 +14,8 @@ class Completion(NamedTuple):
     What a model wrote.
 
     Args:
-        text (`str`):
-            Without special tokens.
-        num_tokens (`int`):
-            Its length in tokens.
+        text: Without special tokens.
+        num_tokens: Its length in tokens.
     """
 
     text: str

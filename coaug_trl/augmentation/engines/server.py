@@ -25,15 +25,11 @@ class ServerEngine:
     A request that fails by connection, overload or a fault of the server is repeated, after waits that double.
 
     Args:
-        url (`str`):
-            Of the server, with or without `/v1`. `OPENAI_API_KEY` of the environment is its key, if it needs one.
-        model (`str`):
-            Name the server has the model under; another one is taken where the server has no other.
-        concurrency (`int`, *optional*, defaults to `64`):
-            Requests at once.
+        url: Of the server, with or without `/v1`. `OPENAI_API_KEY` of the environment is its key, if it needs one.
+        model: Name the server has the model under; another one is taken where the server has no other.
+        concurrency: Requests at once.
 
-    Raises:
-        `InputError`: No server answers, it does not have the model, it refuses a request, or it stays down.
+    Raises `InputError`: No server answers, it does not have the model, it refuses a request, or it stays down.
     """
 
     name = "server"

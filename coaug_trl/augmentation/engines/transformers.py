@@ -34,12 +34,9 @@ class TransformersEngine:
     Generates with a model of transformers, in batches of like length.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        batch_size (`int`, *optional*, defaults to `32`):
-            Texts generated for at once.
+        model: The model.
+        tokenizer: Its tokenizer.
+        batch_size: Texts generated for at once.
     """
 
     name = "transformers"
@@ -90,14 +87,11 @@ class TransformersEngine:
         Writes greedily for one prompt, for someone who reads along.
 
         Args:
-            prompt (`list[int]`):
-                Token ids.
-            generation ([`~coaug_trl.policy.settings.GenerationSettings`]):
-                As for [`complete`].
+            prompt: Token ids.
+            generation: As for [`complete`].
 
-        Returns:
-            `Iterator[str]`: what has been written, after every token; the last one is the text that [`complete`] gives.
-            A model with a recurrent state, which cannot go on from where it was, writes all at once.
+        Returns: what has been written, after every token; the last one is the text that [`complete`] gives. A model
+            with a recurrent state, which cannot go on from where it was, writes all at once.
         """
         self._set_up(generation, temperature=0.0)
         batch = self._start([(None, prompt)])
@@ -190,16 +184,11 @@ class _Batch:
     Texts that are being written, padded on the left.
 
     Args:
-        tags (`list`):
-            A tag of each text.
-        ids (`torch.Tensor` of shape `(texts, length)`):
-            Prompts and what has been written.
-        mask (`torch.Tensor`, same shape):
-            0 for padding.
-        cache ([`~transformers.DynamicCache`] or `None`):
-            Of all tokens but the last.
-        lengths (`list[int]`):
-            How many tokens of each text have been written.
+        tags: A tag of each text.
+        ids, of shape `(texts, length)`: Prompts and what has been written.
+        mask: 0 for padding.
+        cache: Of all tokens but the last.
+        lengths: How many tokens of each text have been written.
     """
 
     tags: list[Any]

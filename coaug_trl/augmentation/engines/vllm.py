@@ -29,16 +29,11 @@ class VLLMEngine:
     Generates with vLLM, in this process and on one GPU: that of the process where a launcher started several.
 
     Args:
-        model_name_or_path (`str`):
-            Folder or Hub id of a model, or folder of a LoRA adapter.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        longest_prompt (`int`):
-            Tokens of the longest prompt.
-        generation ([`~coaug_trl.policy.settings.GenerationSettings`]):
-            Its `max_new_tokens` are added to the longest prompt.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Type of the weights; `"auto"` is the one they are saved in.
+        model_name_or_path: Folder or Hub id of a model, or folder of a LoRA adapter.
+        tokenizer: Its tokenizer.
+        longest_prompt: Tokens of the longest prompt.
+        generation: Its `max_new_tokens` are added to the longest prompt.
+        dtype: Type of the weights; `"auto"` is the one they are saved in.
         **kwargs:
             `revision` and `trust_remote_code`.
     """

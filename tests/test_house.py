@@ -76,7 +76,8 @@ def test_files_and_functions_are_short(path):
             assert node.end_lineno - first < 60, f"{node.name} has {node.end_lineno - first + 1} lines"
 
 
-def test_the_package_is_small_enough_to_be_read():
+def test_the_package_does_not_grow():
+    # The budget is 14,000 lines. It is not met yet: this ceiling comes down with every line that goes.
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) <= 17_200
 
 

@@ -706,7 +706,9 @@ def test_a_model_that_is_not_there_is_told_before_anything_is_loaded(refused, in
 def test_another_prompt_set_is_refused(refused, index, tiny_model, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "policy")
     PolicySettings(PromptSet("sparse", "other:", "document:"), GENERATION, BM25Retriever().config).save(model)
-    assert "has the prompt set" in refused("demo", "--port", free_port(), "--index", index, "--model", model)
+    assert "they differ in query; augment and index" in refused(
+        "demo", "--port", free_port(), "--index", index, "--model", model
+    )
 
 
 def test_another_plain_index_is_refused(refused, index, advice, tmp_path):

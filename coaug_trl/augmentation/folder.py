@@ -4,17 +4,20 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data.collection import Collection
 from ..data.document import Document, document_text
 from ..policy.download import augmentations_folder
 from ..policy.prompts import PromptSet
 from ..policy.settings import GenerationSettings, PolicySettings
-from ..retrieval.base import Retriever
 from ..utils.errors import InputError
 from ..utils.files import read_json
 
+
+# vLLM's CPU engine cannot live beside what bm25s loads, and generating needs no retriever.
+if TYPE_CHECKING:
+    from ..retrieval import Retriever
 
 MANIFEST = "manifest.json"
 SIDES = ("query", "document")
@@ -187,7 +190,7 @@ def _check_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def compose(
-    collection: Collection, augmented: AugmentedCollection | None, retriever: Retriever
+    collection: Collection, augmented: AugmentedCollection | None, retriever: "Retriever"
 ) -> tuple[dict[str, str], list[Document]]:
     """
     The texts that are searched for and indexed.

@@ -14,7 +14,6 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 
-FORMATS = ("table", "markdown", "latex")
 # In a narrow terminal: what a column of names may be folded to, and what stands between two columns.
 NAME_WIDTH, GAP = 20, 2
 # Columns of a file or a pipe: a row of numbers is never folded there, a text is.
